@@ -1,0 +1,23 @@
+"""Method: changes a model or how it trains (quantisation, early exits, distillation, adapters ...)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from formarium.model import Model
+
+
+class Method:
+    """The contract of every method. Options go to the constructor; `apply` changes the model.
+
+    `needs(model)` gives a sentence saying why this method can't change that model, or "" where it can. A method that trains returns a
+    model whose `training_stages()` say how; the engine's `fit` then runs them like any other model's.
+    """
+
+    def needs(self, model: Model) -> str:
+        return ""
+
+    def apply(self, model: Model, data: Any = None) -> Model:
+        """The changed model (the same object where it can be changed in place). Raises BadInput where `needs` gives a reason."""
+        raise NotImplementedError

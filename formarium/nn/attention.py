@@ -1,0 +1,34 @@
+"""Attention: splitting and merging heads, and the plain multi-head layer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, heads: int, parts: int = 1) -> tuple[Tensor, ...]:
+    """[batch, tokens, parts * heads * width] -> `parts` tensors [batch, heads, tokens, width], views where memory allows."""
+    b, n, c = x.shape
+    return x.view(b, n, parts, heads, c // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, width] -> [batch, tokens, heads * width]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017) with one fused projection for queries, keys and values.
+
+    x: float [batch, tokens, dim]. Returns the same shape.
+    """
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv(x), self.heads, 3)
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))

@@ -1,0 +1,32 @@
+"""Stochastic depth."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Zero a residual branch for whole samples with probability `rate` in training, scaling the rest by 1 / (1 - rate)
+    (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016)."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Rates that rise linearly from 0 to `rate` over all blocks, grouped by stage."""
+    total, at, out = sum(depths), 0, []
+    for depth in depths:
+        out.append([rate * (at + j) / max(1, total - 1) for j in range(depth)])
+        at += depth
+    return out
