@@ -95,9 +95,7 @@ def _public(name: str) -> str:
 Edit = Callable[[Feature], Tensor]
 
 
-def trace(
-    model: Any, batch: Any, at: str | tuple[str, ...] = "*", edit: Mapping[str, Edit] | None = None, grad: bool = False
-) -> Features:
+def trace(model: Any, batch: Any, at: str | tuple[str, ...] = "*", edit: Mapping[str, Edit] | None = None, grad: bool = False) -> Features:
     """Run the model once and read its features.
 
     batch: what `forward` takes: a tensor, a tuple of tensors, or a task's batch dict (then `model.forward_batch` says how it is fed).
