@@ -88,6 +88,10 @@ class Model(nn.Module):
         """Random inputs that `forward` takes: for export, benchmarks and tests."""
         raise NotImplementedError(f"{type(self).__name__}.example")
 
+    def example_batch(self, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+        """A random batch of the task, labels included, that `loss` and `predict` take."""
+        raise NotImplementedError(f"{type(self).__name__}.example_batch")
+
     def check_input(self, *args: Any) -> None:
         """Raise BadInput where `forward`'s arguments can't be right. Called before each eager forward."""
 

@@ -96,6 +96,12 @@ class ImageClassifier(Model):
         h, w = self.image_size if size is None else (size, size) if isinstance(size, int) else size
         return (torch.randn(batch, self.config.in_channels, h, w, device=self.device),)
 
+    def example_batch(self, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+        g = torch.Generator().manual_seed(seed)
+        image = torch.rand(batch, self.config.in_channels, *self.image_size, generator=g)
+        label = torch.randint(self.config.num_classes, (batch,), generator=g)
+        return {"image": image.to(self.device), "label": label.to(self.device), "id": [f"example {i}" for i in range(batch)]}
+
     def check_input(self, image: Any) -> None:
         check_tensor("image", image, "batch channels height width", sizes={1: self.config.in_channels})
         self.check_size(*image.shape[2:])

@@ -1,0 +1,98 @@
+"""Pages made from the cards: one a system, their index, and the README's table (`python docs/pages.py` rewrites that)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+from formarium.cards import Card
+from formarium.catalogue import cards
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- systems: made by docs/pages.py -->", "<!-- /systems -->"
+
+
+def on_files(files, config):
+    """mkdocs hook: add the pages of the cards."""
+    files.append(File.generated(config, "systems/index.md", content="# Systems\n\n" + table("")))
+    for card in cards().values():
+        files.append(File.generated(config, f"systems/{card.slug}.md", content=page(card)))
+    return files
+
+
+def on_nav(nav, config, files):
+    return nav
+
+
+def table(prefix: str = "systems/", linked: bool = True) -> str:
+    rows = ["| system | kind | task | paper | variants |", "| --- | --- | --- | --- | --- |"]
+    for c in cards().values():
+        name = f"[`{c.slug}`]({prefix}{c.slug}.md)" if linked else f"`{c.slug}`"
+        rows.append(f"| {name} | {c.kind} | {c.task.replace('-', ' ')} | {c.title} ({c.paper.get('venue', '')}) | {len(c.published)} |")
+    return "\n".join(rows) + "\n"
+
+
+def page(card: Card) -> str:
+    paper = card.paper
+    link = f"[arXiv {paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})" if paper.get("arxiv") else ""
+    parts = [
+        f"# {card.slug}",
+        f"**{card.title}**  \n{paper.get('authors', '')}, {paper.get('venue', '')} {link}",
+        card.summary,
+        "## Use it",
+        f"```python\n{example(card)}\n```",
+    ]
+    picture = ROOT / "docs" / "pictures" / f"{card.slug}.png"
+    if picture.exists():
+        parts.append(f"![what it gives on the sample data](../pictures/{card.slug}.png)")
+    parts += ["## Claim", card.claim, "## Limits", "\n".join(f"- {limit}" for limit in card.limits)]
+    if card.variants:
+        parts += ["## Variants", _variants(card)]
+    if card.recipe:
+        parts += ["## Published recipe", _pairs(card.recipe)]
+    if card.demo:
+        parts += ["## Demo recipe", _pairs(card.demo)]
+    if card.reference.get("repo"):
+        ref = card.reference
+        parts.append(f"Reference: [{ref['repo']}](https://github.com/{ref['repo']}) at `{ref.get('commit', '')[:10]}`, {ref.get('license', '')}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def example(card: Card) -> str:
+    """A few lines that run as they stand (the tests run each)."""
+    if "example" in card.demo:
+        return str(card.demo["example"]).strip()
+    first = next(iter(card.published), f"{card.slug}_micro")
+    return (
+        "import formarium\n\n"
+        f'model = formarium.create("{first}", num_classes=10)          # .load_authors("checkpoint.pth") for released weights\n'
+        f'run = formarium.fit("{card.slug}_micro", "sample:digits", steps=20)   # or a folder of your own: class/name.jpg\n'
+        "print(formarium.evaluate(run, \"sample:digits\").metrics)"
+    )
+
+
+def _variants(card: Card) -> str:
+    keys = [*dict.fromkeys(k for v in card.variants.values() for k in v.published if k != "parameters")]
+    lines = ["| variant | parameters | " + " | ".join(k.replace("_", " ") for k in keys) + " |", "| --- " * (len(keys) + 2) + "|"]
+    for v in card.variants.values():
+        count = f"{v.parameters:,}" if v.parameters else ""
+        lines.append(f"| `{v.name}` | {count} | " + " | ".join(str(v.published.get(k, "")) for k in keys) + " |")
+    return "\n".join(lines)
+
+
+def _pairs(values) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} `{v}`" for k, v in values.items() if k != "example")
+
+
+def readme(text: str) -> str:
+    """The README with its table of systems made anew."""
+    return re.sub(f"{re.escape(START)}.*?{re.escape(END)}", lambda _: f"{START}\n{table(linked=False)}{END}", text, flags=re.S)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(0)

@@ -1,0 +1,1 @@
+"""Models by domain. A model never imports another; what two share is in `nn/`."""
