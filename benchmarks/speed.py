@@ -1,0 +1,177 @@
+"""Forward and training step of each image backbone beside a well-known peer, paired in one process on one machine.
+
+    python benchmarks/speed.py                                  every system, batch 1 and 32, float32 (and bfloat16 where the processor has it)
+    python benchmarks/speed.py --systems tnt pvt --batches 1 --repeats 9 --threads 1
+
+Peers: timm for tnt, crossvit and efficientvit, transformers for pvt; the others have none and stand alone. A and B take turns; the ratio is
+the median of B's time over A's, pair by pair: above 1.0 formarium is ahead. GFLOP/s counts a multiply-add as two, as the matmul peak does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import formarium
+from formarium.engine.precision import has_native_bf16
+
+SMALLEST = {
+    "tnt": "tnt_s_patch16_224",
+    "pvt": "pvt_tiny",
+    "crossvit": "crossvit_tiny_224",
+    "cswin": "cswin_tiny_224",
+    "crossformer": "crossformer_tiny_224",
+    "iformer": "iformer_small",
+    "smt": "smt_t",
+    "efficientvit": "efficientvit_m0",
+}
+
+
+def timm_model(name: str) -> nn.Module:
+    """timm imports torchvision, whose compiled operators don't load beside a CPU torch: an empty one does for its models."""
+
+    class Empty(types.ModuleType):
+        __path__: list[str] = []
+        __spec__ = None
+
+        def __getattr__(self, attr: str):
+            if attr.startswith("__"):
+                raise AttributeError(attr)
+            return type(attr, (), {})
+
+    for module in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".models", ".models.feature_extraction"):
+        sys.modules.setdefault("torchvision" + module, Empty("torchvision" + module))
+    import timm
+
+    return timm.create_model(name)
+
+
+def transformers_pvt() -> nn.Module:
+    from transformers import PvtConfig, PvtForImageClassification
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = PvtForImageClassification(PvtConfig(num_labels=1000))
+
+        def forward(self, x):
+            return self.model(x).logits
+
+    return Logits()
+
+
+PEERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "tnt": ("timm", lambda: timm_model("tnt_s_legacy_patch16_224")),
+    "crossvit": ("timm", lambda: timm_model("crossvit_tiny_240")),
+    "efficientvit": ("timm", lambda: timm_model("efficientvit_m0")),
+    "pvt": ("transformers", transformers_pvt),
+}
+
+
+def matmul_peak(dtype: torch.dtype, n: int = 1536) -> float:
+    """GFLOP/s of a square matmul, the best of a few."""
+    a = torch.randn(n, n, dtype=dtype)
+    a @ a
+    return 2 * n**3 / min(once(lambda: a @ a) for _ in range(8)) / 1e9
+
+
+def once(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def forward_step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    model.eval()
+
+    def step():
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            return model(x)
+
+    return step
+
+
+def training_step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    label = torch.zeros(len(x), dtype=torch.long)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x).float(), label)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def pair(ours: Callable[[], object], theirs: Callable[[], object] | None, repeats: int) -> tuple[float, float | None, float | None]:
+    """Median seconds of ours and theirs, and the median of the pairs' ratios, the two taking turns after a warm-up each."""
+    for step in (ours, theirs):
+        if step:
+            step()
+            step()
+    a, b = [], []
+    for i in range(repeats):  # who goes first alternates too
+        for step, times in [(ours, a), (theirs, b)][:: 1 if i % 2 else -1]:
+            if step:
+                times.append(once(step))
+    return statistics.median(a), statistics.median(b) if b else None, statistics.median(y / x for x, y in zip(a, b, strict=True)) if b else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="*", default=[*SMALLEST])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 32])
+    parser.add_argument("--modes", nargs="*", default=["forward", "train"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="write the rows to this file too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dtypes = [torch.float32, *([torch.bfloat16] if has_native_bf16() else [])]
+    peaks = {d: matmul_peak(d) for d in dtypes}
+    print(f"{args.threads} threads, matmul peak " + ", ".join(f"{str(d)[6:]} {p:.0f} GFLOP/s" for d, p in peaks.items()))
+    if len(dtypes) == 1:
+        print("bfloat16 rows left out: this processor has no native bfloat16")
+    print(f"{'variant':24} {'mode':8} {'batch':>5} {'dtype':>9} {'ms':>9} {'peer ms':>9} {'ratio':>6} {'GFLOP/s':>8} {'of peak':>8}  peer")
+    rows = []
+    for slug in args.systems:
+        name = SMALLEST[slug]
+        ours = formarium.create(name)
+        peer, make = PEERS.get(slug, ("", None))
+        theirs = make() if make else None
+        size = (240, 240) if slug == "crossvit" else ours.image_size  # timm's CrossViT takes 240 and makes 224 of it itself
+        for dtype in dtypes:
+            for batch in args.batches:
+                x = torch.randn(batch, 3, *size)
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    ours.eval()(x)
+                flops = counter.get_total_flops()
+                for mode in args.modes:
+                    make_step = forward_step if mode == "forward" else training_step
+                    repeats = args.repeats * (3 if batch == 1 else 1)
+                    a, b, ratio = pair(make_step(ours, x, dtype), make_step(theirs, x, dtype) if theirs else None, repeats)
+                    rate = flops * (1 if mode == "forward" else 3) / a / 1e9
+                    row = {"variant": name, "mode": mode, "batch": batch, "dtype": str(dtype)[6:], "ms": a * 1e3, "peer_ms": b and b * 1e3,
+                           "ratio": ratio, "gflops": rate, "of_peak": rate / peaks[dtype], "peer": peer}  # fmt: skip
+                    rows.append(row)
+                    print(f"{name:24} {mode:8} {batch:5} {row['dtype']:>9} {row['ms']:9.1f} {row['peer_ms'] or float('nan'):9.1f} "
+                          f"{ratio or float('nan'):6.2f} {rate:8.1f} {row['of_peak']:8.0%}  {peer}", flush=True)  # fmt: skip
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump(rows, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Hot operations: a clear PyTorch version is the specification, a faster path must equal it in tests."""
