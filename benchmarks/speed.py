@@ -1,6 +1,6 @@
 """Forward and training step of each image backbone beside a well-known peer, paired in one process on one machine.
 
-    python benchmarks/speed.py                                  every system, batch 1 and 32, float32 (and bfloat16 where the processor has it)
+    python benchmarks/speed.py                                  every system, batch 1 and 32, float32 (and bfloat16 where native)
     python benchmarks/speed.py --systems tnt pvt --batches 1 --repeats 9 --threads 1
 
 Peers: timm for tnt, crossvit and efficientvit, transformers for pvt; the others have none and stand alone. A and B take turns; the ratio is
@@ -18,11 +18,11 @@ import types
 from collections.abc import Callable
 
 import torch
+from formarium.engine.precision import has_native_bf16
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import formarium
-from formarium.engine.precision import has_native_bf16
 
 SMALLEST = {
     "tnt": "tnt_s_patch16_224",
@@ -40,7 +40,7 @@ def timm_model(name: str) -> nn.Module:
     """timm imports torchvision, whose compiled operators don't load beside a CPU torch: an empty one does for its models."""
 
     class Empty(types.ModuleType):
-        __path__: list[str] = []
+        __path__ = ()
         __spec__ = None
 
         def __getattr__(self, attr: str):
@@ -126,7 +126,11 @@ def pair(ours: Callable[[], object], theirs: Callable[[], object] | None, repeat
         for step, times in [(ours, a), (theirs, b)][:: 1 if i % 2 else -1]:
             if step:
                 times.append(once(step))
-    return statistics.median(a), statistics.median(b) if b else None, statistics.median(y / x for x, y in zip(a, b, strict=True)) if b else None
+    return (
+        statistics.median(a),
+        statistics.median(b) if b else None,
+        statistics.median(y / x for x, y in zip(a, b, strict=True)) if b else None,
+    )
 
 
 def main() -> None:

@@ -57,7 +57,9 @@ def page(card: Card) -> str:
         parts += ["## Demo recipe", _pairs(card.demo)]
     if card.reference.get("repo"):
         ref = card.reference
-        parts.append(f"Reference: [{ref['repo']}](https://github.com/{ref['repo']}) at `{ref.get('commit', '')[:10]}`, {ref.get('license', '')}.")
+        parts.append(
+            f"Reference: [{ref['repo']}](https://github.com/{ref['repo']}) at `{ref.get('commit', '')[:10]}`, {ref.get('license', '')}."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,7 +72,7 @@ def example(card: Card) -> str:
         "import formarium\n\n"
         f'model = formarium.create("{first}", num_classes=10)          # .load_authors("checkpoint.pth") for released weights\n'
         f'run = formarium.fit("{card.slug}_micro", "sample:digits", steps=20)   # or a folder of your own: class/name.jpg\n'
-        "print(formarium.evaluate(run, \"sample:digits\").metrics)"
+        'print(formarium.evaluate(run, "sample:digits").metrics)'
     )
 
 

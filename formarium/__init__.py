@@ -29,9 +29,26 @@ _HOMES = {
     "export": "formarium.exporters",
     "verify": "formarium.engine",
 }
-__all__ = [*_HOMES]
+__all__ = [
+    "bench",
+    "card",
+    "compare",
+    "create",
+    "evaluate",
+    "export",
+    "find",
+    "fit",
+    "list",
+    "load",
+    "look",
+    "predict",
+    "trace",
+    "verify",
+]
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from formarium.catalogue import card, create, find, list
     from formarium.engine import bench, compare, evaluate, fit, load, look, predict, verify
     from formarium.exporters import export
@@ -45,5 +62,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-def __dir__():
+def __dir__() -> Sequence[str]:
     return sorted([*globals(), *_HOMES])

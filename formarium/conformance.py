@@ -167,8 +167,10 @@ def samples_do_not_see_one_another(card: Card) -> str:
 @_check("model")
 def the_seed_decides(card: Card) -> str:
     first, second = smallest(card), smallest(card)
-    must(all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)),
-         "two models from one seed differ")
+    must(
+        all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)),
+        "two models from one seed differ",
+    )
     inputs = first.example(2)
     must(close(forward(first, *inputs), forward(second, *inputs), 0), "two forwards of equal models differ")
     return "same weights, same output"

@@ -111,7 +111,10 @@ def authors_of(slug: str) -> Authors:
 
 
 def load_state(model: Model, state: Mapping[str, Tensor], skip: Sequence[str] = (), source: str = "checkpoint") -> None:
-    """Load the authors' state dict strictly: no key left over or missing, every shape equal. Raises BadCheckpoint naming what doesn't fit."""
+    """Load the authors' state dict strictly: no key left over or missing, every shape equal.
+
+    Raises BadCheckpoint naming what doesn't fit.
+    """
     if model.card is None:
         raise BadCheckpoint(f"{type(model).__name__} was not made by create(), so whose checkpoint it takes is unknown")
     ours = authors_of(model.card.slug).import_state(state, model)

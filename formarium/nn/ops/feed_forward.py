@@ -1,8 +1,8 @@
 """Linear, GELU, Linear on the CPU, a slab of rows at a time.
 
-The hidden activations of a whole batch (rows x hidden floats) don't fit the cache, and buffers that large are mapped and faulted in anew on
-every call. Slab by slab the hidden rows stay in the cache between the two products, and the same memory serves them all. For training, only the
-hidden pre-activations are kept: GELU is applied again on the way back.
+The hidden activations of a whole batch (rows x hidden floats) don't fit the cache, and buffers that large are mapped and faulted
+in anew on every call. Slab by slab the hidden rows stay in the cache between the two products, and the same memory serves them all.
+For training, only the hidden pre-activations are kept: GELU is applied again on the way back.
 """
 
 from __future__ import annotations
