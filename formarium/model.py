@@ -57,6 +57,7 @@ class Model(nn.Module):
     """
 
     task: ClassVar[str]
+    dynamic_size: ClassVar[bool] = False  # forward takes any size at run time, so that an exported graph can too
 
     @dataclass(frozen=True)
     class Config:

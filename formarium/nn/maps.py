@@ -1,0 +1,39 @@
+"""Tokens and maps: the same memory seen two ways.
+
+Tokens [batch, h * w, dim] are a channels-last map [batch, dim, h, w] without moving a value; convolutions take and give that layout.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+def tokens_to_map(x: Tensor, grid: Grid) -> Tensor:
+    """[batch, h * w, dim] -> [batch, dim, h, w], a channels-last view."""
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def map_to_tokens(x: Tensor) -> Tensor:
+    """[batch, dim, h, w] -> [batch, h * w, dim]; a view where x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a map [batch, dim, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def init_convs(model: nn.Module) -> None:
+    """Convolution weights normal with variance 2 / fan-out (a group's), biases 0, as the PVT family's successors do."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = math.prod(m.kernel_size) * m.out_channels // m.groups
+            nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
