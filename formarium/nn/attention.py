@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,10 @@ def split_heads(x: Tensor, heads: int, parts: int = 1) -> tuple[Tensor, ...]:
 
 def merge_heads(x: Tensor) -> Tensor:
     """[batch, heads, tokens, width] -> [batch, tokens, heads * width]."""
-    return x.transpose(1, 2).flatten(2)
+    x = x.transpose(1, 2)
+    if torch.compiler.is_exporting():  # attention's memory layout there needn't be the one found while tracing
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.flatten(2)
 
 
 class SelfAttention(nn.Module):

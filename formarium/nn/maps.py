@@ -37,3 +37,13 @@ def init_convs(model: nn.Module) -> None:
             nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out))
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution of a channels-last grid [batch, h, w, dim] -> [batch, h, w, out], as one matrix product."""
+
+    def __init__(self, dim: int, out: int, bias: bool = True):
+        super().__init__(dim, out, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.flatten(1), self.bias)
