@@ -39,6 +39,12 @@ SMALLEST = {
 def timm_model(name: str) -> nn.Module:
     """timm imports torchvision, whose compiled operators don't load beside a CPU torch: an empty one does for its models."""
 
+    class Named(type):
+        def __getattr__(cls, attr: str):
+            if attr.startswith("__"):
+                raise AttributeError(attr)
+            return f"{cls.__name__}.{attr}"
+
     class Empty(types.ModuleType):
         __path__ = ()
         __spec__ = None
@@ -46,10 +52,15 @@ def timm_model(name: str) -> nn.Module:
         def __getattr__(self, attr: str):
             if attr.startswith("__"):
                 raise AttributeError(attr)
-            return type(attr, (), {})
+            return Named(attr, (), {})
 
-    for module in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".models", ".models.feature_extraction"):
-        sys.modules.setdefault("torchvision" + module, Empty("torchvision" + module))
+    for name_ in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".models", ".models.feature_extraction"):
+        full = "torchvision" + name_
+        if full not in sys.modules:
+            sys.modules[full] = Empty(full)
+            parent, _, leaf = full.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], leaf, sys.modules[full])
     import timm
 
     return timm.create_model(name)
@@ -102,6 +113,10 @@ def forward_step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Calla
 
 def training_step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
     model.train()
+    if len(x) == 1:  # BatchNorm can't normalise one vector: its statistics stand still, in both models, as in fine-tuning
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eval()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     label = torch.zeros(len(x), dtype=torch.long)
 
