@@ -49,6 +49,9 @@ class Task(Protocol):
     metric: str  # the headline metric's key, e.g. "accuracy"
     higher_is_better: bool
     samples: Sequence[str]  # names of the sample data it ships or generates
+    recipe_keys: Sequence[str]  # recipe keys that `transform` and `augment_batch` understand
+    published_defaults: Mapping[str, Any]  # of these keys, what published recipes take for granted
+    demo_defaults: Mapping[str, Any]  # the same for demo recipes
 
     def read(self, path: str | Path, **options: Any) -> Data:
         """The data in a folder or file of the formats people have. BadInput where it can't be used."""
@@ -76,6 +79,9 @@ class Task(Protocol):
 
     def baseline(self, data: Data, seed: int = 0) -> tuple[str, dict[str, float]]:
         """What the trivial rival is called, and its metrics on the held-out split."""
+
+    def details(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+        """More for a report: matplotlib figures by caption."""
 
     def draw(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = ()) -> Image:
         """A picture of the prediction over its input, a person's view of up to 16 samples."""
