@@ -125,7 +125,9 @@ class _Moved(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.operations += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t))
+            self.bytes += sum(
+                t.numel() * t.element_size() for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t)
+            )
         return out
 
 

@@ -78,7 +78,12 @@ def compare(
     Raises NoCandidates, BadInput, UnknownName, RunExists.
     """
     folder = Path(out)
-    asked = {"data": str(data) if not isinstance(data, Data) else data.name, "systems": [*(systems or [])], "scale": scale, "budget": budget}
+    asked = {
+        "data": str(data) if not isinstance(data, Data) else data.name,
+        "systems": [*(systems or [])],
+        "scale": scale,
+        "budget": budget,
+    }
     found = runs.as_data(data, task, strict=strict, seed=seed) if not isinstance(data, Data) else data
     _claim(folder, resume, overwrite, {**asked, "seeds": seeds, "seed": seed, "fingerprint": fingerprint(found)})
     for note in found.notes:
@@ -150,7 +155,9 @@ class _Candidate:
         model = catalogue.create(variant.name, **data.model_args).eval()
         flops, moved = cost(model, model.example(1))
         per_sample = 3 * (flops / NOMINAL_FLOPS + moved.bytes / NOMINAL_BYTES)
-        return _Candidate(card, variant, dict(data.model_args), model.parameters_count, per_sample + 3 * moved.operations * NOMINAL_OPERATION / 64)
+        return _Candidate(
+            card, variant, dict(data.model_args), model.parameters_count, per_sample + 3 * moved.operations * NOMINAL_OPERATION / 64
+        )
 
 
 def _within(made: list[_Candidate], max_params: int | None, max_latency: float | None) -> tuple[list[_Candidate], list[dict[str, Any]]]:
@@ -313,7 +320,13 @@ def _lead(good: list[dict[str, Any]], evaluations: dict[str, list[Evaluation]], 
     first, second = (np.mean([e.per_sample[key] for e in evaluations[r["variant"]]], axis=0) for r in good[:2])
     differences = resampled_means((first - second)[None], 2000, seed)[0]
     low, high = np.quantile(differences, [0.025, 0.975])
-    return {"over": good[1]["variant"], "difference": float((first - second).mean()), "low": float(low), "high": float(high), "clear": bool(low > 0)}
+    return {
+        "over": good[1]["variant"],
+        "difference": float((first - second).mean()),
+        "low": float(low),
+        "high": float(high),
+        "clear": bool(low > 0),
+    }
 
 
 def _examples(best: Evaluation, most: int = 16) -> tuple[Any, dict[str, Any]]:
@@ -378,9 +391,13 @@ def _claim(folder: Path, resume: bool, overwrite: bool, asked: Mapping[str, Any]
         if not begun.exists():
             raise runs.RunExists(f"{folder} holds other files, and no comparison; give another directory with --out")
         if not (resume or overwrite):
-            raise runs.RunExists(f"{folder} already holds a comparison; resume it, overwrite it, or give another directory (--resume, --overwrite, --out)")
+            raise runs.RunExists(
+                f"{folder} already holds a comparison; resume it, overwrite it, or give another directory (--resume, --overwrite, --out)"
+            )
         if resume and json.loads(begun.read_text(encoding="utf-8")) != json.loads(json.dumps(asked)):
-            raise runs.RunExists(f"{folder} holds another comparison (other data, systems, budget or seeds); overwrite it or use another directory")
+            raise runs.RunExists(
+                f"{folder} holds another comparison (other data, systems, budget or seeds); overwrite it or use another directory"
+            )
         if not resume:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -397,7 +414,15 @@ def demo(out: str | Path = "runs/demo", *, overwrite: bool = False, resume: bool
     for name in samples:
         say(f"\n{name}")
         comparisons.append(
-            compare(f"sample:{name}", out=folder / name, budget=budget or DEMO_BUDGET[name], seed=seed, resume=resume, progress=progress, say=say)
+            compare(
+                f"sample:{name}",
+                out=folder / name,
+                budget=budget or DEMO_BUDGET[name],
+                seed=seed,
+                resume=resume,
+                progress=progress,
+                say=say,
+            )
         )
     results = {c.section.title: c.results for c in comparisons}
     beaten = {}

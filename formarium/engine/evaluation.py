@@ -85,7 +85,7 @@ def predict_all(
 
 
 def precision_of(model: Model, asked: str) -> str:
-    """"auto" under what the model's own run found harmless."""
+    """ "auto" under what the model's own run found harmless."""
     found = getattr(model, "precision", None)
     return found if asked == "auto" and found else asked
 

@@ -90,10 +90,9 @@ def fit(
     return trainer.finish(precision)
 
 
-def _prepare(
-    model: str | Model, data: Any, recipe: Any, overrides: Mapping[str, Any], seed: int
-) -> tuple[Model, Data, Recipe]:
-    from formarium.catalogue import create, resolve as resolve_name, system_class
+def _prepare(model: str | Model, data: Any, recipe: Any, overrides: Mapping[str, Any], seed: int) -> tuple[Model, Data, Recipe]:
+    from formarium.catalogue import create, system_class
+    from formarium.catalogue import resolve as resolve_name
 
     if isinstance(model, Model):
         card = model.card
@@ -416,7 +415,13 @@ def _bar(shown: bool, what: str, steps: int, done: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         job = bar.add_task(what, total=steps, completed=done, loss=float("nan"))
         yield lambda loss: bar.update(job, advance=1, loss=loss)

@@ -31,7 +31,7 @@ def has_native_bf16(device: str = "cpu") -> bool:
 
 
 def resolve(precision: str, device: str = "cpu") -> str:
-    """"float32" or "bfloat16" for what a user asked for ("auto" included). BadInput for anything else."""
+    """ "float32" or "bfloat16" for what a user asked for ("auto" included). BadInput for anything else."""
     names = {"32": "float32", "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
     if precision == "auto":
         return "bfloat16" if has_native_bf16(device) else "float32"

@@ -1,10 +1,10 @@
 """Run directories: what a fit leaves behind, and how it is loaded again, from disk or from the Hugging Face Hub.
 
-    config.json        system, variant, config, preprocessing, class names, recipe, what was measured
-    model.safetensors  the weights (the averaged ones where the recipe averages)
-    metrics.jsonl      one line a logged step
-    README.md          a model card
-    checkpoint/        where to go on from       snapshots/STEP.safetensors, where asked for
+config.json        system, variant, config, preprocessing, class names, recipe, what was measured
+model.safetensors  the weights (the averaged ones where the recipe averages)
+metrics.jsonl      one line a logged step
+README.md          a model card
+checkpoint/        where to go on from       snapshots/STEP.safetensors, where asked for
 """
 
 from __future__ import annotations

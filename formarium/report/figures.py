@@ -35,7 +35,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     for r in good:
         x, y = r["latency_ms"], r["metrics"][metric]
         low, high = r["intervals"].get(metric, (y, y))
-        axes.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", color=tint[r["variant"]], ms=7, lw=1, capsize=2, zorder=2)
+        axes.errorbar(
+            x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", color=tint[r["variant"]], ms=7, lw=1, capsize=2, zorder=2
+        )
         axes.annotate(_name(r["variant"]), (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8.5, color=tint[r["variant"]])
     axes.set_xlabel("latency, ms (one sample)")
     axes.set_ylabel(metric)

@@ -93,7 +93,9 @@ def verdict(r: Mapping[str, Any]) -> list[str]:
     said = [f"{best['variant']} comes first: {metric} {best['metrics'][metric]:.3f}{span}, {best['latency_ms']:.1f} ms a sample."]
     if lead := r.get("lead"):
         how = "a clear lead" if lead["clear"] else "within the noise of this held-out set"
-        said.append(f"It is {lead['difference'] * 100:+.1f} points ahead of {lead['over']}: {how} ({lead['low'] * 100:+.1f} to {lead['high'] * 100:+.1f}).")
+        said.append(
+            f"It is {lead['difference'] * 100:+.1f} points ahead of {lead['over']}: {how} ({lead['low'] * 100:+.1f} to {lead['high'] * 100:+.1f})."
+        )
     base = r["baseline"]
     under = r["below_baseline"]
     said.append(

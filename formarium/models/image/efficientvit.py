@@ -43,9 +43,11 @@ class CascadedGroupAttention(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.relu(torch.cat(self.heads(x), dim=-1)).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)).permute(
-            0, 2, 3, 1
-        ).flatten(1, 2)
+        return (
+            self.out(F.relu(torch.cat(self.heads(x), dim=-1)).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2))
+            .permute(0, 2, 3, 1)
+            .flatten(1, 2)
+        )
 
     def heads(self, x: Tensor) -> list[Tensor]:
         """Each head's output [windows, side^2, width], in the order of the cascade."""
@@ -240,7 +242,9 @@ class EfficientViT(ImageClassifier):
             return self.classification_loss(out, batch)
         c = self.config
         if "teacher_logits" not in batch:
-            raise BadInput("batch", expected='"teacher_logits" for the distillation head', got="none", fix="or create it with distillation=False")
+            raise BadInput(
+                "batch", expected='"teacher_logits" for the distillation head', got="none", fix="or create it with distillation=False"
+            )
         base, teacher = self.classification_loss(out.logits, batch).total, batch["teacher_logits"]
         if c.distillation_type == "soft":
             own, theirs = (F.log_softmax(x.float() / c.distillation_tau, dim=1) for x in (out.distilled, teacher))

@@ -186,7 +186,7 @@ class RandAugment:
 
 
 def parse_randaugment(text: str) -> RandAugment:
-    """"rand-m9-mstd0.5-inc1-n2": magnitude, its deviation, increasing or not, operations an image. BadInput for anything else."""
+    """ "rand-m9-mstd0.5-inc1-n2": magnitude, its deviation, increasing or not, operations an image. BadInput for anything else."""
     values: dict[str, Any] = {}
     keys = {"mstd": ("std", float), "m": ("magnitude", float), "n": ("count", int), "inc": ("increasing", lambda v: bool(int(v)))}
     head, *parts = text.split("-")

@@ -1,7 +1,7 @@
 """Reading images that people have: folders of classes, with or without splits; every common format, depth and colour mode.
 
-    folder/class/name.jpg                        split by the seed, a fifth of every class held out
-    folder/train/class/name.jpg, folder/val/...  as given (valid, validation and test are understood too)
+folder/class/name.jpg                        split by the seed, a fifth of every class held out
+folder/train/class/name.jpg, folder/val/...  as given (valid, validation and test are understood too)
 """
 
 from __future__ import annotations
@@ -240,7 +240,9 @@ def _sizes(paths: Sequence[str]) -> list[int | None]:
 def _decodable(found: Mapping[str, Mapping[str, list[Path]]], root: Path) -> tuple[dict[str, dict[str, list[Path]]], int, list[str]]:
     every = [p for classes in found.values() for files in classes.values() for p in files]
     sizes = dict(zip(every, _sizes([str(p) for p in every]), strict=True))
-    good = {split: {name: [p for p in files if sizes[p] is not None] for name, files in classes.items()} for split, classes in found.items()}
+    good = {
+        split: {name: [p for p in files if sizes[p] is not None] for name, files in classes.items()} for split, classes in found.items()
+    }
     corrupt = [str(p.relative_to(root)) for p in every if sizes[p] is None]
     return good, sum(size or 0 for size in sizes.values()), corrupt
 

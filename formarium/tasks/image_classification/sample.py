@@ -17,7 +17,7 @@ SIDE = 32
 
 
 def sample(name: str, seed: int = 0) -> Data:
-    """"digits": 1797 digits of 43 writers (scikit-learn), 8x8 enlarged to 32x32, one in five held out by the seed, class by class.
+    """ "digits": 1797 digits of 43 writers (scikit-learn), 8x8 enlarged to 32x32, one in five held out by the seed, class by class.
 
     "textures": 2000 training and 600 held-out 32x32 crops of ten textures in photographs that scikit-image and scikit-learn ship. Crops
     for training and for testing come from different parts of a photograph, with a gap between. Colour and brightness are

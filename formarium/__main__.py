@@ -1,0 +1,5 @@
+"""`python -m formarium` is the `formarium` command."""
+
+from formarium.cli import main
+
+main()
