@@ -18,11 +18,11 @@ import types
 from collections.abc import Callable
 
 import torch
-from formarium.engine.precision import has_native_bf16
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import formarium
+from formarium.engine.precision import has_native_bf16
 
 SMALLEST = {
     "tnt": "tnt_s_patch16_224",

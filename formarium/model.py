@@ -68,6 +68,8 @@ class Model(nn.Module):
         self.config = config
         self.card: Card | None = None
         self.variant: str = ""
+        self.names: list[str] = []  # of the classes it was fitted to, where its task has classes
+        self.precision: str = ""  # what its fit found harmless to predict in, where it was fitted here
 
     # what a model may say of itself -------------------------------------------------------------------------------
 
@@ -88,6 +90,10 @@ class Model(nn.Module):
     def example(self, batch: int = 1, **size: Any) -> tuple[Tensor, ...]:
         """Random inputs that `forward` takes: for export, benchmarks and tests."""
         raise NotImplementedError(f"{type(self).__name__}.example")
+
+    def other_examples(self) -> dict[str, tuple[Tensor, ...]]:
+        """Inputs of other sizes than its own, by a word for each: a forward works on them or refuses them with BadInput."""
+        return {}
 
     def example_batch(self, batch: int = 2, seed: int = 0) -> dict[str, Any]:
         """A random batch of the task, labels included, that `loss` and `predict` take."""

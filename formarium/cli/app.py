@@ -170,6 +170,7 @@ def compare(
     strict: Annotated[bool, typer.Option("--strict", help="Fail on files that can't be decoded.")] = False,
     precision: Precision = "auto",
     workers: Workers = 0,
+    jobs: Annotated[int | None, typer.Option(help="Fits at a time (one a core at micro scale by default).")] = None,
     json: Json = False,
 ) -> None:
     """Which design is best for your data, inside your limits? Fits rivals under one budget and writes a report.
@@ -181,7 +182,7 @@ def compare(
     result = run(
         path, task=task, systems=[s for s in (systems or "").replace(",", " ").split() if s] or None, budget=budget, scale=scale,
         max_params=amount(max_params, "--max-params"), max_latency=max_latency, seeds=seeds, seed=seed, out=out, resume=resume,
-        overwrite=overwrite, strict=strict, precision=precision, workers=workers, say=say,
+        overwrite=overwrite, strict=strict, precision=precision, workers=workers, jobs=jobs, say=say,
     )  # fmt: skip
     if json:
         print_json(result.results)
@@ -307,7 +308,7 @@ def predict(
     rows = [row for batch, _, _ in found for row in batch]
     if picture is not None:
         _, prediction, batch = found[0]
-        task(model.task).draw(prediction, batch, getattr(model, "names", ())).save(picture)
+        task(model.task).draw(prediction, batch, model.names).save(picture)
     if json:
         print_json(rows)
         return
@@ -387,8 +388,8 @@ def bench(
         return
     table(
         ["variant", "precision", "latency ms", f"samples/s at {batch}", "parameters", "FLOPs", "memory", "of peak"],
-        [[b.variant, b.precision, f"{b.latency_ms:.2f}", f"{b.throughput:.1f}", count(b.parameters), count(b.flops), si(b.peak_memory, 1024) + "B",
-          f"{b.of_peak:.0%}"] for b in found],
+        [[b.variant, b.precision, f"{b.latency_ms:.2f}", f"{b.throughput:.1f}", count(b.parameters), count(b.flops),
+          si(b.peak_memory, 1024) + "B", f"{b.of_peak:.0%}"] for b in found],
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -11,7 +12,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from formarium.cards import Card, Variant
 from formarium.engine import runs
 from formarium.engine.benchmarking import bench, cost
 from formarium.engine.evaluation import Evaluation, evaluate, interval, resampled_means
-from formarium.engine.fitting import fit
+from formarium.engine.fitting import Interrupted, fit
 from formarium.engine.looking import look
 from formarium.engine.recipes import recipe_for
 from formarium.errors import BadInput, FormariumError, NoCandidates, UnknownName
@@ -64,6 +67,7 @@ def compare(
     strict: bool = False,
     precision: str = "auto",
     workers: int = 0,
+    jobs: int | None = None,
     lens: str = "sufo",
     batch_size: int = 64,
     progress: bool | None = None,
@@ -72,8 +76,10 @@ def compare(
     """Fit, evaluate and measure every candidate for a task, under one budget, and write report.html, results.json and the winner's run.
 
     data: a folder, "sample:NAME" or a Data. systems: slugs or variant names (all of the task by default). scale: "micro" (each system's
-    small variant) or "published" (the smallest published one). budget: "20ep" epochs, "2000steps", or a time ("10m", "2h", "90s") that a fixed
+    small variant) or "published" (the smallest published one). budget: "20ep" epochs, "2000steps", or a time ("10m", "2h", "90s") that
+    a fixed
     cost model turns into the same number of steps for all. max_params, max_latency (ms, one sample, here): limits. seeds: repeats.
+    jobs: fits at a time, each with one thread (by default one a core at micro scale, one in all otherwise).
     lens: what looks into the winner ("" for none). say: called with a line of progress.
     Raises NoCandidates, BadInput, UnknownName, RunExists.
     """
@@ -94,16 +100,19 @@ def compare(
     steps = plan(budget, kept, found, seeds, batch_size)
     epochs = steps / max(1, len(found.splits["train"]) // batch_size)
     say(f"{len(kept)} candidates, {steps} steps of {batch_size} each ({epochs:.1f} epochs)")
-    rows, evaluations = [], {}
+    jobs = jobs or (min(os.cpu_count() or 1, len(kept) * seeds) if scale == "micro" and not torch.cuda.is_available() else 1)
+    work = [
+        _Work(c.slug, s, found, folder, steps, epochs, batch_size, precision, workers, resume)
+        for c in kept
+        for s in range(seed, seed + seeds)
+    ]
+    fitted = _fit_all(work, jobs, progress, say)
+    rows: list[dict[str, Any]] = []
+    evaluations: dict[str, list[Evaluation]] = {}
     for c in kept:
-        scored = []
-        for s in range(seed, seed + seeds):
-            row, evaluation = _one(c, found, folder, s, steps, epochs, batch_size, precision, workers, progress, resume)
-            scored.append(row)
-            if evaluation is not None:
-                evaluations.setdefault(c.slug, []).append(evaluation)
-        rows.append(_merged(c, scored, evaluations.get(c.slug, []), seed))
-        say(_line(rows[-1]))
+        scored = [_scored(fitted[c.slug, s], folder, found, workers) for s in range(seed, seed + seeds)]
+        evaluations[c.slug] = [e for _, e in scored if e is not None]
+        rows.append(_merged(c, [row for row, _ in scored], evaluations[c.slug], folder, seed))
     return _conclude(found, folder, asked, rows, dropped, evaluations, steps, epochs, seeds, seed, batch_size, lens, say)
 
 
@@ -203,37 +212,102 @@ def plan(budget: str, candidates: Sequence[_Candidate], data: Data, seeds: int, 
 # one candidate ------------------------------------------------------------------------------------------------------
 
 
-def _one(
-    c: _Candidate, data: Data, folder: Path, seed: int, steps: int, epochs: float, batch_size: int, precision: str, workers: int,
-    progress: bool | None, resume: bool,
-) -> tuple[dict[str, Any], Evaluation | None]:  # fmt: skip
-    """Fit and score a candidate with one seed; a failure becomes a row of its own. Finished ones are taken from disk."""
-    where, done = folder / "runs" / f"{c.slug}-{seed}", folder / "runs" / f"{c.slug}-{seed}" / "row.json"
-    if done.exists():
-        row = json.loads(done.read_text(encoding="utf-8"))
-        return row, evaluate(where, data, bootstrap=0, precision="auto", workers=workers)
+@dataclass(frozen=True)
+class _Work:
+    """One fit: a variant and a seed, and all that it needs in a process of its own."""
+
+    variant: str
+    seed: int
+    data: Data
+    folder: Path
+    steps: int
+    epochs: float
+    batch_size: int
+    precision: str
+    workers: int
+    resume: bool
+
+    @property
+    def where(self) -> Path:
+        return self.folder / "runs" / f"{self.variant}-{self.seed}"
+
+
+def _fit_one(work: _Work, progress: bool | None = None) -> dict[str, Any]:
+    """Fit a candidate; a failure becomes a row of its own, and a finished run is left as it is."""
     start = time.perf_counter()
+    row = {"variant": work.variant, "seed": work.seed, "path": str(work.where.relative_to(work.folder))}
     try:
-        recipe = recipe_for(c.card, c.variant, steps=steps, batch_size=batch_size, warmup_epochs=0.1 * epochs)
-        snapshots = 6 if c.parameters < 5_000_000 else 2
-        torch.manual_seed(seed)
-        run = fit(
-            c.slug, data, where, recipe=recipe, resume=resume and where.exists(), overwrite=False, seed=seed, precision=precision,
-            snapshots=snapshots, validations=6, workers=workers, progress=progress,
-        )  # fmt: skip
-        evaluation = evaluate(run, data, bootstrap=0, workers=workers)
-        row = {"seed": seed, "metrics": evaluation.metrics, "seconds": run.config["seconds"], "path": str(where.relative_to(folder))}
-        if seed == 0 or not c.latency:
-            row["bench"] = bench(run, batch=32, repeats=20, seconds=3).as_dict()
-        runs.write_json(done, row)
-        return row, evaluation
+        if not (work.resume and (work.where / runs.WEIGHTS).exists()):
+            card, variant = catalogue.resolve(work.variant)
+            recipe = recipe_for(card, variant, steps=work.steps, batch_size=work.batch_size, warmup_epochs=0.1 * work.epochs)
+            fit(
+                work.variant, work.data, work.where, recipe=recipe, resume=work.resume and work.where.exists(), seed=work.seed,
+                precision=work.precision, snapshots=SNAPSHOTS, validations=6, workers=work.workers, progress=progress,
+            )  # fmt: skip
+        return row
     except FormariumError as e:
-        return {"seed": seed, "error": str(e), "seconds": time.perf_counter() - start}, None
+        return {**row, "error": str(e), "seconds": time.perf_counter() - start}
     except (RuntimeError, ValueError) as e:  # one candidate that breaks must not take the others along
-        return {"seed": seed, "error": f"{type(e).__name__}: {e}", "seconds": time.perf_counter() - start}, None
+        return {**row, "error": f"{type(e).__name__}: {e}", "seconds": time.perf_counter() - start}
 
 
-def _merged(c: _Candidate, scored: list[dict[str, Any]], evaluations: list[Evaluation], seed: int) -> dict[str, Any]:
+def _fit_all(work: list[_Work], jobs: int, progress: bool | None, say: Callable[[str], None]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Every fit, `jobs` at a time in processes with one thread each, or one after the other in this one."""
+    if jobs <= 1:
+        return {(w.variant, w.seed): _fit_one(w, progress) for w in work}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = {pool.submit(_fit_one, w, False): w for w in work}
+        try:
+            with _bars(work, sys.stderr.isatty() if progress is None else progress) as update:
+                done: dict[tuple[str, int], dict[str, Any]] = {}
+                for_all = set(waiting)
+                while for_all:
+                    finished, for_all = wait(for_all, timeout=0.5, return_when=FIRST_COMPLETED)
+                    update()
+                    for future in finished:
+                        w = waiting[future]
+                        done[w.variant, w.seed] = future.result()
+                        say(f"{w.variant} (seed {w.seed}): {done[w.variant, w.seed].get('error', 'fitted')}")
+                return done
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)  # the fits at hand save where they are
+            raise Interrupted(f"stopped; the same command with --out {work[0].folder} --resume goes on from there") from None
+
+
+@contextmanager
+def _bars(work: list[_Work], shown: bool) -> Iterator[Callable[[], None]]:
+    """One bar a fit, moved by what the fits log."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        ids = {w: bars.add_task(w.variant, total=w.steps, said="") for w in work}
+
+        def update() -> None:
+            for w, id_ in ids.items():
+                for row in [*runs.read_metrics(w.where / runs.METRICS)][-1:]:
+                    bars.update(id_, completed=row["step"], said=f"loss {row['loss']:.3f}" if "loss" in row else "")
+
+        yield update
+
+
+SNAPSHOTS = 6  # of each candidate, for the lens that looks into the winner
+
+
+def _scored(row: dict[str, Any], folder: Path, data: Data, workers: int) -> tuple[dict[str, Any], Evaluation | None]:
+    if "error" in row:
+        return row, None
+    run = runs.load_run(folder / row["path"])
+    evaluation = evaluate(run, data, bootstrap=0, workers=workers)
+    return {**row, "metrics": evaluation.metrics, "seconds": run.config["seconds"]}, evaluation
+
+
+def _merged(c: _Candidate, scored: list[dict[str, Any]], evaluations: list[Evaluation], folder: Path, seed: int) -> dict[str, Any]:
     """One row a candidate: means over seeds, the interval over held-out samples (each sample's score averaged over the seeds)."""
     good = [row for row in scored if "metrics" in row]
     row: dict[str, Any] = {
@@ -242,7 +316,7 @@ def _merged(c: _Candidate, scored: list[dict[str, Any]], evaluations: list[Evalu
     }  # fmt: skip
     if not good:
         return row
-    measured = next((r["bench"] for r in good if "bench" in r), {})
+    measured = bench(folder / good[0]["path"], batch=32, repeats=15, seconds=1.5).as_dict()
     row |= {
         "metrics": {k: float(np.mean([r["metrics"][k] for r in good])) for k in good[0]["metrics"]},
         "intervals": {k: interval(np.mean([e.per_sample[k] for e in evaluations], axis=0), seed=seed) for k in evaluations[0].per_sample},
@@ -251,12 +325,6 @@ def _merged(c: _Candidate, scored: list[dict[str, Any]], evaluations: list[Evalu
         "run": good[0]["path"],
     }
     return row
-
-
-def _line(row: dict[str, Any]) -> str:
-    if not row["ok"]:
-        return f"{row['variant']}: failed ({row['error']})"
-    return f"{row['variant']}: " + ", ".join(f"{k} {v:.4f}" for k, v in [*row["metrics"].items()][:1]) + f" in {row['seconds']:.0f} s"
 
 
 # the conclusion -----------------------------------------------------------------------------------------------------
@@ -286,7 +354,8 @@ def _conclude(
         "data": {"name": data.name, **data.source, "classes": [*data.names], "sizes": {k: len(v) for k, v in data.splits.items()},
                  "fingerprint": fingerprint(data), "notes": data.notes},
         "asked": asked,
-        "budget": {"asked": asked["budget"], "steps": steps, "batch_size": batch_size, "epochs": round(epochs, 3), "samples": steps * batch_size},
+        "budget": {"asked": asked["budget"], "steps": steps, "batch_size": batch_size, "epochs": round(epochs, 3),
+                   "samples": steps * batch_size},
         "metric": key,
         "seeds": [*range(seed, seed + seeds)],
         "baseline": {"name": name, **baseline},
@@ -425,7 +494,7 @@ def demo(out: str | Path = "runs/demo", *, overwrite: bool = False, resume: bool
             )
         )
     results = {c.section.title: c.results for c in comparisons}
-    beaten = {}
+    beaten: dict[str, list[bool]] = {}
     for c in comparisons:
         for row in c.rows:
             beaten.setdefault(row["variant"], []).append(bool(row["beats_baseline"]))

@@ -86,8 +86,7 @@ def predict_all(
 
 def precision_of(model: Model, asked: str) -> str:
     """ "auto" under what the model's own run found harmless."""
-    found = getattr(model, "precision", None)
-    return found if asked == "auto" and found else asked
+    return model.precision if asked == "auto" and model.precision else asked
 
 
 def _to_cpu(prediction: Any) -> Any:

@@ -192,7 +192,7 @@ class Trainer:
             for turn in stage.turns:
                 self.wrapped.mark_forward_method(turn.loss)
         if compile:
-            self.network.forward = torch.compile(self.network.forward)  # type: ignore[method-assign]
+            self.network.forward = torch.compile(self.network.forward)
         self.averaged = Averaged(self.network, self.recipe.ema) if self.recipe.ema else None
         self.mix = self.task.augment_batch(self.recipe.augment, self.data.model_args)
         self.snapshot_steps = {round(i * self.steps / snapshots) for i in range(snapshots + 1)} if snapshots else set()
@@ -281,7 +281,8 @@ class Trainer:
     def one_step(self, stage: Stage, optimisers: list[Any], batch: dict[str, Any], step: int, steps: int) -> dict[str, float]:
         """Every turn once (or as often as it repeats). Returns the loss terms, averaged over the parts of the batch."""
         self.network.train()
-        batch, said = to_device(batch, self.fabric.device), {}
+        batch = to_device(batch, self.fabric.device)
+        said: dict[str, float] = {}
         for turn, optimiser_ in zip(stage.turns, optimisers, strict=True):
             peak = turn.recipe.get("lr", self.recipe.lr)
             rate = learning_rate(self.recipe, step, steps, self.order.per_epoch, peak)
@@ -302,8 +303,8 @@ class Trainer:
                 values = dict(zip(sums, total.tolist(), strict=True))  # type: ignore[union-attr]
                 if values["loss"] - values["loss"] != 0:
                     raise Diverged(
-                        f"{turn.loss} is {values['loss']} at step {self.step + 1}; the last good state is kept (a lower lr, a longer warm-up "
-                        "or clip_grad usually help)"
+                        f"{turn.loss} is {values['loss']} at step {self.step + 1}; the last good state is kept (a lower lr, a longer "
+                        "warm-up or clip_grad usually help)"
                     )
                 optimiser_.step()
             prefix = "" if len(stage.turns) == 1 else f"{turn.loss}."
@@ -347,7 +348,7 @@ class Trainer:
         """Held-out metrics of the model (the averaged one, where there is one), on at most so many samples."""
         dataset = self.data.splits["val"]
         if most is not None and len(dataset) > most:
-            dataset = torch.utils.data.Subset(dataset, range(0, len(dataset), -(-len(dataset) // most)))  # type: ignore[assignment,arg-type]
+            dataset = torch.utils.data.Subset(dataset, range(0, len(dataset), -(-len(dataset) // most)))  # type: ignore[arg-type]
         how = precision or ("bfloat16" if self.fabric._precision.precision == PRECISIONS["bfloat16"] else "float32")
         random = torch.get_rng_state()
         with self.averaged_weights():
@@ -381,7 +382,7 @@ class Trainer:
             self.averaged = None
         self.config["precision"] = self.settle_precision(asked)
         self.network.precision = self.config["precision"]["predict"]
-        last = next((row for row in reversed(self.history) if row["split"] == "val"), {})
+        last: dict[str, Any] = next((row for row in reversed(self.history) if row["split"] == "val"), {})
         self.config["summary"] = {k: v for k, v in last.items() if k not in ("step", "epoch", "split")}
         self.config["seconds"] = round(self.seconds, 2)
         self.network.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def parts(batch: dict[str, Any], count: int) -> list[tuple[dict[str, Any], float
         return [(batch, 1.0)]
     size = len(next(iter(batch.values())))
     cuts = [round(i * size / count) for i in range(count + 1)]
-    return [({k: v[a:b] for k, v in batch.items()}, (b - a) / size) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    return [({k: v[a:b] for k, v in batch.items()}, (b - a) / size) for a, b in pairwise(cuts) if b > a]
 
 
 def evaluation_batches(

@@ -36,13 +36,15 @@ def look(
         card = card_of(lens)
         if card.kind != "lens":
             raise BadInput(lens, expected="a lens", got=f"a {card.kind}")
-        lens = system_class(card)(**options)
-    if reason := lens.needs(network):
-        raise BadInput(f"{type(lens).__name__} on {network.variant}", expected="a model it can look into", got=reason)
+        chosen: Lens = system_class(card)(**options)
+    else:
+        chosen = lens
+    if reason := chosen.needs(network):
+        raise BadInput(f"{type(chosen).__name__} on {network.variant}", expected="a model it can look into", got=reason)
     found = as_data(data, network.task)
     task_ = task(network.task)
     batches = [*evaluation_batches(found.splits[split], task_.transform(network.preprocessing), task_.collate, batch_size)]
     for batch in batches:
         batch["names"] = [*found.names]
     snapshots = run.snapshots() if run else None
-    return lens.look(network, batches, before=as_model(before) if before is not None else None, snapshots=snapshots or None)
+    return chosen.look(network, batches, before=as_model(before) if before is not None else None, snapshots=snapshots or None)

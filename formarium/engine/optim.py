@@ -19,7 +19,8 @@ def optimiser(model: Model, recipe: Recipe, train: Iterable[str] = ("*",), **ove
     """Over the parameters whose names match a glob in `train`; vectors, biases and the model's own list go without weight decay."""
     value = {**recipe.as_dict(), **over}
     spared = model.no_weight_decay()
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad and any(fnmatchcase(name, g) for g in train):
             (free if p.ndim <= 1 or any(fnmatchcase(name, g) for g in spared) else decayed).append(p)

@@ -36,5 +36,5 @@ def predictions(
     task_ = task(model.task)
     dataset = task_.inputs([inputs] if isinstance(inputs, (str, Path)) else [*inputs])
     found, batches = predict_all(model, dataset, batch_size=batch_size, precision=precision, workers=workers)
-    names = getattr(model, "names", ())
+    names = model.names
     return [(task_.rows(p, b, names), p, b) for p, b in zip(found, batches, strict=True)]

@@ -51,7 +51,7 @@ def make_recipe(values: Mapping[str, Any], task: str) -> Recipe:
     for key in values:
         if key not in _CORE and key not in own:
             raise UnknownName("recipe key", key, [*_CORE, *own])
-    core = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in _CORE}
+    core: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in _CORE}
     recipe = Recipe(**core, augment={k: v for k, v in values.items() if k in own})
     for key in ("batch_size", "accumulate", "epochs"):
         if getattr(recipe, key) <= 0:
@@ -64,8 +64,8 @@ def make_recipe(values: Mapping[str, Any], task: str) -> Recipe:
 def recipe_for(card: Card, variant: Variant | None, kind: str | None = None, **overrides: Any) -> Recipe:
     """The card's recipe for a variant, with overrides.
 
-    kind: "published" or "demo"; by default published for published variants and demo for the others. A published learning rate is scaled with
-    the batch size, where that is overridden and the rate isn't.
+    kind: "published" or "demo"; by default published for published variants and demo for the others. A published learning rate is
+    scaled with the batch size, where that is overridden and the rate isn't.
     """
     task = task_of(card.task)
     if kind is None:

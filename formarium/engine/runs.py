@@ -132,7 +132,7 @@ def describe(model: Model, data: Data | None = None) -> dict[str, Any]:
         "task": model.task,
         "config": model.config_dict(),
         "preprocessing": model.preprocessing,
-        "names": [*(data.names if data else getattr(model, "names", ()))],
+        "names": [*(data.names if data else model.names)],
     }
     if data is not None:
         said["data"] = {"name": data.name, **data.source, "sizes": {k: len(v) for k, v in data.splits.items()}, "notes": data.notes}

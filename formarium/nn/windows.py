@@ -26,7 +26,8 @@ def from_groups(x: Tensor, size: int, height: int, width: int, interval: int = 1
 
 
 def relative_offsets(size: int) -> tuple[Tensor, Tensor]:
-    """The (2 size - 1)^2 offsets [offsets, 2] (dy, dx) between tokens of a window, and which of them each pair has: int64 [size^2, size^2]."""
+    """The (2 size - 1)^2 offsets [offsets, 2] (dy, dx) between tokens of a window, and which of them each pair has: int64 [size^2,
+    size^2]."""
     steps = torch.arange(1 - size, size)
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1).reshape(-1, 2)
     place = torch.arange(size)

@@ -92,10 +92,9 @@ def verdict(r: Mapping[str, Any]) -> list[str]:
     span = f" (95% interval {low:.3f} to {high:.3f})" if low is not None else ""
     said = [f"{best['variant']} comes first: {metric} {best['metrics'][metric]:.3f}{span}, {best['latency_ms']:.1f} ms a sample."]
     if lead := r.get("lead"):
+        span = f"{lead['low'] * 100:+.1f} to {lead['high'] * 100:+.1f}"
         how = "a clear lead" if lead["clear"] else "within the noise of this held-out set"
-        said.append(
-            f"It is {lead['difference'] * 100:+.1f} points ahead of {lead['over']}: {how} ({lead['low'] * 100:+.1f} to {lead['high'] * 100:+.1f})."
-        )
+        said.append(f"It is {lead['difference'] * 100:+.1f} points ahead of {lead['over']}: {how} ({span}).")
     base = r["baseline"]
     under = r["below_baseline"]
     said.append(

@@ -27,7 +27,7 @@ def plain_stripes(layer: StripeAttention, qkv: torch.Tensor) -> torch.Tensor:
         at = (slice(None), slice(None), slice(start, start + width)) if layer.vertical else (slice(None), slice(start, start + width))
         part = qkv[at]
         q, k, v = (t.reshape(b, -1, layer.heads, dim // layer.heads).transpose(1, 2) for t in part.unbind(3))
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(part.shape[:3] + (dim,))
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape((*part.shape[:3], dim))
         near = layer.lepe(part[:, :, :, 2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         out[at] = seen + near
     return out

@@ -1,8 +1,8 @@
 """CrossViT: Cross-Attention Multi-Scale Vision Transformer (Chen, Fan, Panda, ICCV 2021, arXiv 2103.14899).
 
 Two branches see the image in small and in large patches. After each run of ordinary blocks the branches exchange what they know through
-their class tokens alone: one branch's class token, brought to the other's width, attends to the other's patches and is brought back (eq. 3-5).
-One query over N tokens makes the exchange linear in N.
+their class tokens alone: one branch's class token, brought to the other's width, attends to the other's patches and is brought back
+(eq. 3-5). One query over N tokens makes the exchange linear in N.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """CSWin Transformer: Cross-Shaped Windows (Dong et al., CVPR 2022, arXiv 2107.00652).
 
-Half of the heads attend inside horizontal stripes of the image, the other half inside vertical ones: together a cross-shaped window that reaches from
-edge to edge, at a cost that the stripe's width sets, narrow in early stages and wide in late ones (eq. 1-3). Position comes from a depthwise
-convolution of the values inside each stripe, added to what attention gives (locally-enhanced positional encoding, LePE, eq. 6).
+Half of the heads attend inside horizontal stripes of the image, the other half inside vertical ones: together a cross-shaped window
+that reaches from
+edge to edge, at a cost that the stripe's width sets, narrow in early stages and wide in late ones (eq. 1-3). Position comes from a
+depthwise convolution of the values inside each stripe, added to what attention gives (locally-enhanced positional encoding, LePE, eq. 6).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from formarium.tasks.image_classification.model import ImageClassifier
 class StripeAttention(nn.Module):
     """Attention inside horizontal stripes of `width` rows (None: the whole image), plus LePE.
 
-    qkv: float [batch, rows, columns, 3, dim]. Returns [batch, rows, columns, dim]. Rows that no stripe fills are padded with zeros on both sides,
+    qkv: float [batch, rows, columns, 3, dim]. Returns [batch, rows, columns, dim]. Rows that no stripe fills are padded with zeros on
+    both sides,
     which take part in the softmax, as in the reference. Vertical stripes are horizontal ones of the transposed image: inside a stripe
     attention doesn't ask for an order, and LePE's kernel is read transposed.
     """
@@ -80,7 +82,8 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """An overlapping convolution that makes (or halves) the tokens, LayerNorm, blocks. x: a map [batch, in_dim, h, w]; returns [batch, h', w', dim]."""
+    """An overlapping convolution that makes (or halves) the tokens, LayerNorm, blocks. x: a map [batch, in_dim, h, w]; returns [batch,
+    h', w', dim]."""
 
     def __init__(self, embed: nn.Conv2d, blocks: list[Block]):
         super().__init__()

@@ -1,6 +1,7 @@
 """EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention (Liu et al., CVPR 2023, arXiv 2305.07027).
 
-A block is a "sandwich": one attention, which memory bounds, between two feed-forward networks and two depthwise convolutions, which arithmetic bounds. Each
+A block is a "sandwich": one attention, which memory bounds, between two feed-forward networks and two depthwise convolutions, which
+arithmetic bounds. Each
 head of the attention gets its own slice of the channels, and adds what the head before it found (the cascade, eq. 2-4). Attention runs in
 windows of 7 x 7 tokens at strides 16, 32, 64. Every convolution carries a BatchNorm that inference folds away.
 """
@@ -25,8 +26,8 @@ from formarium.tasks.image_classification.model import ImageClassifier
 class CascadedGroupAttention(nn.Module):
     """x: float [windows, side^2, dim], tokens of square windows. Returns the same shape (before the residual).
 
-    Head i sees its own chunk of the channels plus head i-1's output. Queries pass a depthwise convolution over the window. The bias of a pair of tokens is
-    learned by absolute offset (|dy|, |dx|).
+    Head i sees its own chunk of the channels plus head i-1's output. Queries pass a depthwise convolution over the window. The bias of
+    a pair of tokens is learned by absolute offset (|dy|, |dx|).
     """
 
     def __init__(self, dim: int, key_dim: int, heads: int, side: int, kernels: tuple[int, ...]):
@@ -235,8 +236,8 @@ class EfficientViT(ImageClassifier):
         return out
 
     def loss(self, batch: Batch) -> Losses:
-        """Cross entropy; with a distillation head (1 - alpha) of it plus alpha times the distance to batch["teacher_logits"] [batch, classes]:
-        cross entropy with the teacher's choice (hard), or KL divergence at temperature tau (soft), as in DeiT."""
+        """Cross entropy; with a distillation head (1 - alpha) of it plus alpha times the distance to batch["teacher_logits"] [batch,
+        classes]: cross entropy with the teacher's choice (hard), or KL divergence at temperature tau (soft), as in DeiT."""
         out = self.forward_batch(batch)
         if not isinstance(out, Distilled):
             return self.classification_loss(out, batch)

@@ -1,7 +1,7 @@
 """Inception Transformer (Si et al., NeurIPS 2022, arXiv 2205.12956).
 
-The inception mixer splits channels among three paths: max-pooling and a depthwise convolution for high frequencies, attention over pooled tokens for low ones. A
-"frequency ramp" gives attention more of the channels the deeper the block.
+The inception mixer splits channels among three paths: max-pooling and a depthwise convolution for high frequencies, attention over
+pooled tokens for low ones. A "frequency ramp" gives attention more of the channels the deeper the block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from formarium.tasks.image_classification.model import ImageClassifier
 
 
 class HighMixer(nn.Module):
-    """Half of the channels through 1x1 and depthwise 3x3 convolutions, half through 3x3 max-pooling and a 1x1 convolution; both widths double.
+    """Half of the channels through 1x1 and depthwise 3x3 convolutions, half through 3x3 max-pooling and a 1x1 convolution; both widths
+    double.
 
     x: float [batch, h, w, dim]. Returns [batch, h, w, 2 dim] (eq. 2-4).
     """
@@ -44,7 +45,8 @@ class HighMixer(nn.Module):
 
 
 class LowMixer(nn.Module):
-    """Attention over tokens that `pool` x `pool` averaging left, brought back to size by repetition (eq. 5). x: float [batch, h, w, dim]."""
+    """Attention over tokens that `pool` x `pool` averaging left, brought back to size by repetition (eq. 5). x: float [batch, h, w,
+    dim]."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, pool: int):
         super().__init__()

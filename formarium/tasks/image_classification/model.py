@@ -96,6 +96,11 @@ class ImageClassifier(Model):
         h, w = self.image_size if size is None else (size, size) if isinstance(size, int) else size
         return (torch.randn(batch, self.config.in_channels, h, w, device=self.device),)
 
+    def other_examples(self) -> dict[str, tuple[Tensor, ...]]:
+        h, w = self.image_size
+        sizes = [(h + 1, w + 15), (2 * h, w), (3 * h, 2 * w + 8), (7, 5)]
+        return {f"{a}x{b}": self.example(1, (a, b)) for a, b in sizes}
+
     def example_batch(self, batch: int = 2, seed: int = 0) -> dict[str, Any]:
         g = torch.Generator().manual_seed(seed)
         image = torch.rand(batch, self.config.in_channels, *self.image_size, generator=g)
