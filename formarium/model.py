@@ -57,7 +57,8 @@ class Model(nn.Module):
     """
 
     task: ClassVar[str]
-    dynamic_size: ClassVar[bool] = False  # forward takes any size at run time, so that an exported graph can too
+    # whether an exported graph can leave height and width open: True for any, a number for multiples of it
+    dynamic_size: bool | int = False
 
     @dataclass(frozen=True)
     class Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -147,6 +148,7 @@ def activation_peak(fn: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         fn()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells the terminal when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
         fn()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 import formarium
 from formarium import catalogue
@@ -83,6 +84,10 @@ def compare(
     lens: what looks into the winner ("" for none). say: called with a line of progress.
     Raises NoCandidates, BadInput, UnknownName, RunExists.
     """
+    if scale == "micro" and not torch.cuda.is_available() and torch.get_num_threads() > 1:
+        given = dict(locals())
+        with one_thread():  # small models gain nothing from several, and the fits get a core each
+            return compare(given.pop("data"), **given)
     folder = Path(out)
     asked = {
         "data": str(data) if not isinstance(data, Data) else data.name,
@@ -114,6 +119,18 @@ def compare(
         evaluations[c.slug] = [e for _, e in scored if e is not None]
         rows.append(_merged(c, [row for row, _ in scored], evaluations[c.slug], folder, seed))
     return _conclude(found, folder, asked, rows, dropped, evaluations, steps, epochs, seeds, seed, batch_size, lens, say)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch and the numerical libraries below it compute in one thread for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # candidates ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from formarium.engine.loader import evaluation_batches, to_device
-from formarium.engine.precision import autocast, resolve
-from formarium.engine.runs import Run, as_data, as_model
-from formarium.errors import BadInput
+from formarium.engine.loader import Batch, placed_batches, to_device
+from formarium.engine.precision import autocast, resolve_for
+from formarium.engine.runs import Run, as_model, data_for, must_fit
+from formarium.errors import BadInput, FormariumError
 from formarium.model import Model
 from formarium.task import Data, Dataset, task
 
 
 @dataclass
 class Evaluation:
-    """metrics by name; intervals: metric -> (low, high), 95% by percentile bootstrap, for metrics that are means over samples."""
+    """metrics by name; intervals: metric -> (low, high), 95% by percentile bootstrap, for metrics that are means over samples.
+
+    per_sample: metric -> float array [samples]. predictions, batches: what the model said of what, batch by batch, on the CPU.
+    """
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     per_sample: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     predictions: list[Any] = field(default_factory=list, repr=False)
-    batches: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    batches: list[Batch] = field(default_factory=list, repr=False)
     samples: int = 0
 
 
@@ -41,58 +44,88 @@ def evaluate(
     seed: int = 0,
     workers: int = 0,
 ) -> Evaluation:
-    """Score a model on one split of labelled data.
+    """Score a model on one split of labelled data, all of it.
 
-    model: a model, a run, a run directory, or a name (fresh weights). data: a Data, a path, or "sample:NAME".
-    precision: "auto" is what the run found harmless, else bfloat16 where the processor has it natively. bootstrap: resamples (0 for none).
-    Raises BadInput where the split isn't there or the classes don't fit.
+    model: a model, a run, a run directory, or a name (fresh weights). data: a Data, a path, or "sample:NAME"; a folder that the run was
+    fitted on is split as it was then. precision: "auto" is bfloat16 where the processor has it natively and the run found it harmless.
+    bootstrap: resamples (0 for none). seed: of the resamples, and of what a model draws when it predicts.
+    The model's mode and torch's random state are left as they were.
+    Raises BadInput where the split isn't there, is empty or has a sample that can't be read, or where the classes don't fit.
     """
-    model = as_model(model)
-    found = as_data(data, model.task, seed=seed)
-    if split not in found.splits:
-        raise BadInput(f"split {split!r}", expected=" or ".join(found.splits), got="no such split")
-    _must_fit(model, found)
-    task_ = task(model.task)
-    predictions, batches = predict_all(model, found.splits[split], batch_size=batch_size, precision=precision, workers=workers)
-    metrics, per_sample = task_.score(predictions, batches)
+    network = as_model(model)
+    found = data_for(network, data)
+    dataset = split_of(found, split)
+    must_fit(network, found)
+    predictions, batches = predict_all(network, dataset, batch_size=batch_size, precision=precision, workers=workers, seed=seed)
+    metrics, per_sample = task(network.task).score(predictions, batches)
     intervals = {k: interval(v, bootstrap, seed) for k, v in per_sample.items()} if bootstrap else {}
-    return Evaluation(metrics, intervals, per_sample, predictions, batches, len(found.splits[split]))
+    return Evaluation(metrics, intervals, per_sample, predictions, batches, len(dataset))
 
 
-def _must_fit(model: Model, data: Data) -> None:
-    for key, value in data.model_args.items():
-        own = getattr(model.config, key, value)
-        if own != value:
-            raise BadInput(f"{model.variant} on {data.name}", expected=f"{key} = {value}, as the data has", got=f"a model with {own}")
+def split_of(data: Data, split: str) -> Dataset:
+    """One split of some data. Raises BadInput where it isn't there, or is empty."""
+    if split not in data.splits:
+        raise BadInput(f"split {split!r} of {data.name}", expected=" or ".join(data.splits), got="no such split")
+    if not len(data.splits[split]):
+        raise BadInput(f"split {split!r} of {data.name}", expected="at least one sample", got="none")
+    return data.splits[split]
+
+
+# prediction over a dataset ------------------------------------------------------------------------------------------
 
 
 def predict_all(
-    model: Model, dataset: Dataset, *, batch_size: int = 64, precision: str = "auto", workers: int = 0
-) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Predictions and batches over a whole dataset, on the CPU, in evaluation mode; the model's mode is left as it was."""
-    task_, device, was = task(model.task), model.device, model.training
-    how = resolve(precision_of(model, precision), device.type)
+    model: Model, dataset: Dataset, *, batch_size: int = 64, precision: str = "auto", workers: int = 0, seed: int = 0
+) -> tuple[list[Any], list[Batch]]:
+    """Predictions and batches over a whole dataset, on the CPU. Raises BadInput for a sample that can't be read."""
     predictions, batches = [], []
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast(how, device):
-            for batch in evaluation_batches(dataset, task_.transform(model.preprocessing), task_.collate, batch_size, workers):
-                predictions.append(_to_cpu(model.predict(to_device(batch, device))))
-                batches.append(batch)
-    finally:
-        model.train(was)
+    for _, prediction, batch in predicting(model, dataset, batch_size=batch_size, precision=precision, workers=workers, seed=seed):
+        if isinstance(batch, FormariumError):
+            raise batch
+        predictions.append(prediction)
+        batches.append(batch)
     return predictions, batches
 
 
-def precision_of(model: Model, asked: str) -> str:
-    """ "auto" under what the model's own run found harmless."""
-    return model.precision if asked == "auto" and model.precision else asked
+def predicting(
+    model: Model, dataset: Dataset, *, batch_size: int = 64, precision: str = "auto", workers: int = 0, seed: int = 0
+) -> Iterator[tuple[list[int], Any, Batch | FormariumError]]:
+    """(indices, prediction, batch) over a dataset; for a sample that can't be read (its index, None, the error that says so).
+
+    Without gradients, in evaluation mode; the model's mode and torch's random state are as they were whenever this yields.
+    """
+    if batch_size < 1:
+        raise BadInput("batch_size", expected="at least 1", got=str(batch_size))
+    task_, device = task(model.task), model.device
+    how = resolve_for(model, precision)
+    for places, batch in placed_batches(dataset, task_.transform(model.preprocessing), task_.collate, batch_size, workers):
+        if isinstance(batch, FormariumError):
+            yield places, None, batch
+            continue
+        was = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), autocast(how, device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed + places[0])
+                prediction = _to_cpu(model.predict(to_device(batch, device)))
+        finally:
+            model.train(was)
+        yield places, prediction, batch
 
 
 def _to_cpu(prediction: Any) -> Any:
-    if hasattr(prediction, "_replace"):
-        return type(prediction)(*(x.float().cpu() if torch.is_tensor(x) and x.is_floating_point() else x.cpu() for x in prediction))
+    if torch.is_tensor(prediction):
+        return prediction.float().cpu() if prediction.is_floating_point() else prediction.cpu()
+    if hasattr(prediction, "_replace"):  # a NamedTuple
+        return type(prediction)(*map(_to_cpu, prediction))
+    if isinstance(prediction, dict):
+        return {k: _to_cpu(v) for k, v in prediction.items()}
+    if isinstance(prediction, (list, tuple)):
+        return type(prediction)(map(_to_cpu, prediction))
     return prediction
+
+
+# confidence ---------------------------------------------------------------------------------------------------------
 
 
 def interval(values: Sequence[float] | np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:

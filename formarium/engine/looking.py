@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from formarium.catalogue import card as card_of
 from formarium.catalogue import system_class
+from formarium.engine.evaluation import split_of
 from formarium.engine.loader import evaluation_batches
-from formarium.engine.runs import Run, as_data, as_model, load_run
-from formarium.errors import BadInput
+from formarium.engine.runs import Run, as_model, as_run, data_for
+from formarium.errors import BadInput, UnknownName
 from formarium.lens import Lens, Report
 from formarium.model import Model
 from formarium.task import Data, task
@@ -27,24 +29,39 @@ def look(
 ) -> Report:
     """What a lens (by slug, or ready made) finds in a model on one split of labelled data.
 
-    A run brings the snapshots that its fit kept. before: the model before fine-tuning, where the lens compares. options go to the lens.
-    Raises BadInput where the lens can't look into that model.
+    model: a model, a run (which brings the snapshots that its fit kept), a run directory, or a name (fresh weights). data: a Data, a path,
+    or "sample:NAME". before: the model before fine-tuning, where the lens compares. options: the lens's own, where it is given by slug.
+    The model's mode is left as it was.
+    Raises UnknownName for a lens or option nothing carries, BadInput where the lens can't look into that model or the split isn't there.
     """
-    run = model if isinstance(model, Run) else load_run(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
-    network = run.model if run else as_model(model)
-    if isinstance(lens, str):
-        card = card_of(lens)
-        if card.kind != "lens":
-            raise BadInput(lens, expected="a lens", got=f"a {card.kind}")
-        chosen: Lens = system_class(card)(**options)
-    else:
-        chosen = lens
-    if reason := chosen.needs(network):
-        raise BadInput(f"{type(chosen).__name__} on {network.variant}", expected="a model it can look into", got=reason)
-    found = as_data(data, network.task)
+    run = as_run(model)
+    network, lens = run.model, _lens(lens, options)
+    if reason := lens.needs(network):
+        raise BadInput(f"{type(lens).__name__} on {network.variant}", expected="a model it can look into", got=reason)
+    found = data_for(network, data)
     task_ = task(network.task)
-    batches = [*evaluation_batches(found.splits[split], task_.transform(network.preprocessing), task_.collate, batch_size)]
+    batches = [*evaluation_batches(split_of(found, split), task_.transform(network.preprocessing), task_.collate, batch_size)]
     for batch in batches:
         batch["names"] = [*found.names]
-    snapshots = run.snapshots() if run else None
-    return chosen.look(network, batches, before=as_model(before) if before is not None else None, snapshots=snapshots or None)
+    was = network.training
+    try:
+        earlier = as_model(before).eval() if before is not None else None
+        return lens.look(network.eval(), batches, before=earlier, snapshots=run.snapshots() or None)
+    finally:
+        network.train(was)
+
+
+def _lens(lens: str | Lens, options: dict[str, Any]) -> Lens:
+    if isinstance(lens, Lens):
+        if options:
+            raise BadInput("options", expected="a lens by slug to go with them", got=f"{', '.join(options)} and a ready-made lens")
+        return lens
+    card = card_of(lens)
+    if card.kind != "lens":
+        raise BadInput(lens, expected="a lens", got=f"a {card.kind}")
+    made = system_class(card)
+    known = inspect.signature(made).parameters
+    for key in options:
+        if key not in known:
+            raise UnknownName(f"option of {card.slug}", key, known)
+    return made(**options)

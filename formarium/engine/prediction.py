@@ -1,40 +1,140 @@
-"""predict: what a model says of files that nobody has labelled."""
+"""predict: what a model says of samples that nobody has labelled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formarium.engine.evaluation import predict_all
+import numpy as np
+import torch
+from PIL import Image
+
+from formarium.engine.evaluation import predicting
+from formarium.engine.loader import Batch
 from formarium.engine.runs import Run, as_model
+from formarium.errors import BadInput, FormariumError
 from formarium.model import Model
-from formarium.task import task
+from formarium.task import Dataset, Sample, task
+
+Rows = list[dict[str, Any]]
 
 
 def predict(
     model: str | Path | Model | Run,
-    inputs: str | Path | Sequence[str | Path],
+    inputs: Any,
     *,
     batch_size: int = 32,
     precision: str = "auto",
     workers: int = 0,
-) -> list[dict[str, Any]]:
-    """One dict a sample (for images: id, label, probability, top), in the order of the files.
+    seed: int = 0,
+    strict: bool = False,
+) -> Rows:
+    """One dict a sample (for images: id, label, probability, top), in the order of the inputs.
 
-    model: a run directory, a run, a model, or a name. inputs: files, folders or globs. Raises BadInput for paths that aren't there
-    or can't be decoded.
+    model: a run directory, a run, a model, or a name. inputs: a path, folder or glob, or several; or an image, or several, as arrays
+    (uint8 or uint16 [height, width, channels], float in [0, 1]) or tensors (float [channels, height, width] in [0, 1]); or a Dataset.
+    A sample that can't be read gives {"id": its place, "error": what is wrong}; with `strict`, and where none can be read, BadInput.
     """
-    return [row for rows, _, _ in predictions(model, inputs, batch_size=batch_size, precision=precision, workers=workers) for row in rows]
+    found = _Found.of(model, inputs, batch_size, precision, workers, seed)
+    if found.errors and (strict or not found.triples):
+        raise _unreadable(found.errors)
+    rows = {i: row for (rows, _, _), places in zip(found.triples, found.places, strict=True) for i, row in zip(places, rows, strict=True)}
+    rows |= {i: {"id": str(i), "error": str(e)} for i, e in found.errors.items()}
+    return [rows[i] for i in sorted(rows)]
 
 
 def predictions(
-    model: str | Path | Model | Run, inputs: Any, *, batch_size: int = 32, precision: str = "auto", workers: int = 0
-) -> list[tuple[list[dict[str, Any]], Any, dict[str, Any]]]:
-    """(rows, prediction, batch), batch by batch: what `predict` gives, and what drawing needs."""
-    model = as_model(model)
-    task_ = task(model.task)
-    dataset = task_.inputs([inputs] if isinstance(inputs, (str, Path)) else [*inputs])
-    found, batches = predict_all(model, dataset, batch_size=batch_size, precision=precision, workers=workers)
-    names = model.names
-    return [(task_.rows(p, b, names), p, b) for p, b in zip(found, batches, strict=True)]
+    model: str | Path | Model | Run, inputs: Any, *, batch_size: int = 32, precision: str = "auto", workers: int = 0, seed: int = 0
+) -> list[tuple[Rows, Any, Batch]]:
+    """(rows, prediction, batch), batch by batch: what `predict` gives, and what drawing needs. BadInput for a sample that can't be read."""
+    found = _Found.of(model, inputs, batch_size, precision, workers, seed)
+    if found.errors:
+        raise _unreadable(found.errors)
+    return found.triples
+
+
+@dataclass
+class _Found:
+    triples: list[tuple[Rows, Any, Batch]]
+    places: list[list[int]]
+    errors: dict[int, FormariumError]
+
+    @staticmethod
+    def of(model: Any, inputs: Any, batch_size: int, precision: str, workers: int, seed: int) -> _Found:
+        network = as_model(model)
+        task_, names, found = task(network.task), getattr(network, "names", ()), _Found([], [], {})
+        dataset = as_dataset(inputs, network.task)
+        for places, prediction, batch in predicting(
+            network, dataset, batch_size=batch_size, precision=precision, workers=workers, seed=seed
+        ):
+            if isinstance(batch, FormariumError):
+                found.errors[places[0]] = batch
+                continue
+            found.triples.append((task_.rows(prediction, batch, names), prediction, batch))
+            found.places.append(places)
+        return found
+
+
+def _unreadable(errors: Mapping[int, FormariumError]) -> BadInput:
+    first = [str(e) for e in errors.values()][:3]
+    return BadInput(f"{len(errors)} of the inputs", expected="samples that can be read", got="; ".join(first))
+
+
+# what comes in ------------------------------------------------------------------------------------------------------
+
+
+def as_dataset(inputs: Any, task_name: str) -> Dataset:
+    """Unlabelled samples from paths, arrays, tensors, raw samples or a Dataset. Raises BadInput for anything else, or nothing."""
+    if isinstance(inputs, (str, Path)):
+        return task(task_name).inputs([inputs])
+    if _is_array(inputs) and inputs.ndim == 4:
+        inputs = [*inputs]
+    elif isinstance(inputs, Mapping) or _is_one_image(inputs):
+        inputs = [inputs]
+    if hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
+        inputs = [*inputs]
+    if not (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")):
+        raise BadInput("inputs", expected="paths, images, arrays or tensors", got=type(inputs).__name__)
+    if not len(inputs):
+        raise BadInput("inputs", expected="at least one", got="none")
+    if not isinstance(inputs, (list, tuple)):
+        return inputs
+    if all(isinstance(x, (str, Path)) for x in inputs):
+        return task(task_name).inputs(inputs)
+    return [_sample(x, i) for i, x in enumerate(inputs)]
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (np.ndarray, torch.Tensor))
+
+
+def _is_one_image(x: Any) -> bool:
+    return _is_array(x) or isinstance(x, Image.Image)
+
+
+def _sample(x: Any, i: int) -> Sample:
+    """A raw sample of an image in memory; 8 bits a channel, as files have them."""
+    if isinstance(x, Mapping):
+        return {"id": f"input {i}", **x}
+    if not _is_one_image(x):
+        raise BadInput(f"input {i}", expected="an image, an array or a tensor", got=type(x).__name__)
+    if isinstance(x, Image.Image):
+        x = np.asarray(x.convert("RGB"))
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu()
+        x = (x.movedim(0, -1) if x.ndim == 3 else x).numpy()
+    if x.ndim == 2:
+        x = x[..., None]
+    if x.ndim != 3 or x.shape[2] not in (1, 3) or not x.size:
+        raise BadInput(f"input {i}", expected="an image with 1 or 3 channels", got=f"{x.dtype} {[*x.shape]}")
+    if np.issubdtype(x.dtype, np.floating):
+        if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+            raise BadInput(f"input {i}", expected="values in [0, 1]", got=f"{x.min():.3g} to {x.max():.3g}")
+        x = (x * 255).round()
+    elif x.dtype == np.uint16:
+        x = (x / 257).round()
+    elif x.dtype != np.uint8:
+        raise BadInput(f"input {i}", expected="uint8, uint16 or float values", got=str(x.dtype))
+    return {"id": f"input {i}", "image": np.repeat(x, 3 // x.shape[2], axis=2).astype(np.uint8)}

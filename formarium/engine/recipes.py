@@ -7,19 +7,24 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from formarium.cards import Card, Variant
+from formarium.catalogue import freeze, resolve
 from formarium.errors import BadInput, UnknownName
+from formarium.model import Model
 from formarium.task import task as task_of
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+CLIP_MODES = ("norm", "agc")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps, where given, wins over epochs. Learning rates are for the whole (accumulated, all processes') batch."""
+    """steps, where given, wins over epochs. Learning rates are for the whole batch: all its parts, all processes."""
 
     optimizer: str = "adamw"  # adamw, adam, sgd
     epochs: float = 20
     steps: int | None = None
     batch_size: int = 64
-    accumulate: int = 1  # parts a batch is worked through in
+    accumulate: int = 1  # parts that each process works its batch through in
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup_epochs: float = 0
@@ -30,11 +35,18 @@ class Recipe:
     clip_grad: float | None = None
     clip_mode: str = "norm"  # or "agc": adaptive, a share of each weight's own norm
     ema: float | None = None  # decay of the averaged weights, which are then the model
-    drop_path: float | None = None
+    drop_path: float | None = None  # None: as the model's config has it
+    repeated_augmentation: int = 1  # copies of a sample in an epoch, each augmented anew (Hoffer et al. 2020)
     augment: Mapping[str, Any] = field(default_factory=dict)  # the task's own keys
 
     def total_steps(self, per_epoch: int) -> int:
         return self.steps if self.steps is not None else max(1, round(self.epochs * per_epoch))
+
+    def with_(self, **changes: Any) -> Recipe:
+        """The same recipe but for some of the keys above. Raises BadInput for a value that can't be."""
+        changed = replace(self, **changes)
+        _check(changed)
+        return changed
 
     def as_dict(self) -> dict[str, Any]:
         flat = asdict(self)
@@ -46,41 +58,69 @@ _NOT_RECIPE = {"variant", "baseline", "margin", "example", "data"}
 
 
 def make_recipe(values: Mapping[str, Any], task: str) -> Recipe:
-    """A Recipe from plain keys: the core ones above and the task's own. UnknownName for any other."""
-    own = task_of(task).recipe_keys
+    """A Recipe from plain keys: the core ones above and the task's own. UnknownName for any other, BadInput for a value that can't be."""
+    own = {*task_of(task).recipe_keys} - _CORE
     for key in values:
         if key not in _CORE and key not in own:
             raise UnknownName("recipe key", key, [*_CORE, *own])
-    core: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in _CORE}
-    recipe = Recipe(**core, augment={k: v for k, v in values.items() if k in own})
-    for key in ("batch_size", "accumulate", "epochs"):
-        if getattr(recipe, key) <= 0:
-            raise BadInput(f"recipe key {key}", expected="a positive number", got=str(getattr(recipe, key)))
-    if recipe.steps is not None and recipe.steps < 1:
-        raise BadInput("recipe key steps", expected="a positive number", got=str(recipe.steps))
+    values = {k: freeze(v) for k, v in values.items()}
+    recipe = Recipe(**{k: v for k, v in values.items() if k in _CORE}, augment={k: v for k, v in values.items() if k in own})
+    _check(recipe)
     return recipe
 
 
-def recipe_for(card: Card, variant: Variant | None, kind: str | None = None, **overrides: Any) -> Recipe:
-    """The card's recipe for a variant, with overrides.
+def recipe_for(system: str | Card | Model, variant: Variant | None = None, kind: str | None = None, **overrides: Any) -> Recipe:
+    """The card's recipe for a variant, with overrides; an override of None leaves the card's value.
 
-    kind: "published" or "demo"; by default published for published variants and demo for the others. A published learning rate is
-    scaled with the batch size, where that is overridden and the rate isn't.
+    system: a variant's name, a model, or a card (with its variant). kind: "published" or "demo"; by default published for published
+    variants and demo for the others. A published learning rate is scaled with the batch size, where that is overridden and the rate
+    isn't. Raises UnknownName for a name or key nothing carries, BadInput for a value that can't be.
     """
+    card, variant = _card_of(system, variant)
     task = task_of(card.task)
+    overrides = {k: v for k, v in overrides.items() if v is not None}
     if kind is None:
         kind = "published" if variant is not None and variant.published else "demo"
     if kind == "published":
         values = {**task.published_defaults, **(card.recipe_of(variant) if variant else card.recipe)}
-        if "batch_size" in overrides and "lr" not in overrides and "lr" in values:
+        if "batch_size" in overrides and "lr" not in overrides and {"lr", "batch_size"} <= {*values}:
             values["lr"] = values["lr"] * overrides["batch_size"] / values["batch_size"]
+    elif kind == "demo":
+        values = {**task.demo_defaults, **{k: v for k, v in card.demo.items() if k not in _NOT_RECIPE and not k.startswith("no_")}}
     else:
-        kept = {k: v for k, v in card.demo.items() if k not in _NOT_RECIPE and not k.startswith("no_")}
-        values = {**task.demo_defaults, **kept}
-    if overrides.get("epochs") is not None and "steps" not in overrides:
+        raise BadInput("recipe", expected="published or demo", got=repr(kind))
+    if "epochs" in overrides and "steps" not in overrides:
         values.pop("steps", None)
-    return make_recipe({**values, **{k: v for k, v in overrides.items() if v is not None}}, card.task)
+    return make_recipe({**values, **overrides}, card.task)
 
 
-def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    return replace(recipe, steps=steps)
+def _card_of(system: str | Card | Model, variant: Variant | None) -> tuple[Card, Variant | None]:
+    if isinstance(system, Card):
+        return system, variant
+    if isinstance(system, str):
+        return resolve(system)
+    if system.card is None:
+        raise BadInput("model", expected="one made by formarium.create", got=type(system).__name__)
+    return system.card, system.card.variants.get(system.variant)
+
+
+def _check(recipe: Recipe) -> None:
+    for key in ("epochs", "batch_size", "accumulate", "repeated_augmentation", "lr"):
+        _must(recipe, key, lambda v: v > 0, "more than 0")
+    for key in ("min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "momentum"):
+        _must(recipe, key, lambda v: v >= 0, "at least 0")
+    for key in ("batch_size", "accumulate", "repeated_augmentation", "steps"):
+        if (value := getattr(recipe, key)) is not None and (value != int(value) or value < 1):
+            raise BadInput(f"recipe key {key}", expected="a whole number, at least 1", got=str(value))
+    for key, most in (("ema", 1.0), ("drop_path", 1.0), ("clip_grad", float("inf"))):
+        if getattr(recipe, key) is not None:
+            _must(recipe, key, lambda v, most=most: 0 <= v < most, f"from 0 to below {most:g}")
+    for key, known in (("optimizer", OPTIMIZERS), ("clip_mode", CLIP_MODES)):
+        if getattr(recipe, key) not in known:
+            raise UnknownName(key, str(getattr(recipe, key)), known)
+
+
+def _must(recipe: Recipe, key: str, holds: Any, expected: str) -> None:
+    value = getattr(recipe, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        raise BadInput(f"recipe key {key}", expected=f"a number, {expected}", got=repr(value))

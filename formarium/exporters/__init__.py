@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -60,6 +61,7 @@ class Plan:
     inputs: list[str]
     outputs: list[str]
     open: list[dict[int, str]]  # for each input: dimension -> its name
+    size_step: int  # height and width, where open, are multiples of this
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +80,8 @@ def export(
     model: a Model, a Run, a run directory, or the name of a variant (then with fresh weights).
     path: where to; the format's suffix (.onnx, .pt2) is added where it has none; a folder gets VARIANT.onnx.
     dynamic_batch: leave the batch size open. dynamic_size: leave height and width open: "auto" where the model says that it takes
-        any size (`Model.dynamic_size`), True to insist, False for the size it was built for.
+        any size (`Model.dynamic_size`; where the graph can't follow, the file has one size and says why), True to insist, False for
+        the size it was built for.
     check: run the file on other batch sizes (and sizes) and compare with the model. A file that doesn't agree within 1e-4 of the
         output's absmax is not kept.
     Raises ExportFailed (saying why), MissingExtra where onnx isn't installed, BadInput for a path whose suffix is another format's.
@@ -92,20 +95,14 @@ def export(
     network = Shipped(_model(model))
     target = _target(Path(path), format, network.model)
     step = _size_step(network.model, dynamic_size)
-    plan = _plan(network, dynamic_batch, step)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:  # a file that fails its check never gets its name
-        written = Path(folder) / target.name
-        try:
-            writer.write(plan, written)
-        except FormariumError:
+    try:
+        _export(network, target, writer, format, dynamic_batch, step, check)
+    except ExportFailed as e:
+        if dynamic_size != "auto" or not step:
             raise
-        except Exception as e:
-            raise ExportFailed(_said(network.model, format, step, e)) from e
-        if check:
-            _check(network, writer.runner(written), _trials(network, plan, dynamic_batch, step), target.name)
-        for part in Path(folder).iterdir():  # large graphs have their weights in a second file beside them
-            os.replace(part, target.parent / part.name)
+        _export(network, target, writer, format, dynamic_batch, 0, check, fixed_because=str(e))
+        warnings.warn(f"{target} takes one size only, {_sides(network.model)}: {e}", stacklevel=2)
     return target
 
 
@@ -119,6 +116,24 @@ def metadata(path: str | Path) -> dict[str, Any]:
     raise BadInput(
         f"{path}", expected=f"a file of type {' or '.join(s for _, s in FORMATS.values())}", got=Path(path).suffix or "no suffix"
     )
+
+
+def _export(
+    network: Shipped, target: Path, writer: Any, format: str, dynamic_batch: bool, step: int, check: bool, fixed_because: str = ""
+) -> None:
+    plan = _plan(network, dynamic_batch, step)
+    if fixed_because:
+        plan.metadata["fixed_because"] = fixed_because
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:  # a file that fails its check never gets its name
+        written = Path(folder) / target.name
+        try:
+            writer.write(plan, written)
+        except Exception as e:
+            raise ExportFailed(_said(network.model, format, step, e)) from e
+        if check:
+            _check(network, writer.runner(written), _trials(network, plan, dynamic_batch, step), target.name)
+        for part in Path(folder).iterdir():  # large graphs have their weights in a second file beside them
+            os.replace(part, target.parent / part.name)
 
 
 # what is exported ---------------------------------------------------------------------------------------------------
@@ -171,12 +186,16 @@ def _plan(network: Shipped, dynamic_batch: bool, step: int) -> Plan:
         dims[0] |= {2: "height", 3: "width"}
     with torch.no_grad():
         outputs = _names(network(*example))
-    return Plan(network, example, names, outputs, dims, _metadata(model, outputs, dims, step))
+    return Plan(network, example, names, outputs, dims, step, _metadata(model, outputs, dims, step))
 
 
 def _other_size(model: Any, step: int, more: int) -> tuple[int, int]:
     height, width = model.image_size
-    return height + -(-more * 16 // step) * step, width + -(-more * 32 // step) * step
+    return height + -(-more * 17 // step) * step, width + -(-more * 35 // step) * step  # odd ones where any will do
+
+
+def _sides(model: Any) -> str:
+    return "x".join(map(str, model.image_size))
 
 
 def _names(out: Any) -> list[str]:
@@ -200,7 +219,10 @@ def _metadata(model: Any, outputs: Sequence[str], dims: Sequence[dict[int, str]]
     if hasattr(model, "image_size"):
         said |= {"size": [*model.image_size], "size_step": step, "input": "RGB in [0, 1], float32 [batch, channels, height, width]"}
     if hasattr(model, "normalise"):
-        said |= {"normalisation": "inside the graph", "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+        said |= {
+            "normalisation": "inside the graph",
+            **{k: [round(v, 6) for v in getattr(model, k).flatten().tolist()] for k in ("mean", "std")},
+        }
     if names := list(getattr(model, "names", None) or ()):
         said["classes"] = names
     return said

@@ -21,7 +21,13 @@ def require(check: bool) -> None:
 
 def program(plan: Plan) -> torch.export.ExportedProgram:
     """The captured graph. A dimension that can't be left open is an error here, never silently fixed."""
-    shapes = tuple({dim: torch.export.Dim.DYNAMIC for dim in dims} for dims in plan.open)
+    steps = {"height": plan.size_step, "width": plan.size_step}
+    dims = {
+        name: torch.export.Dim(name) * steps[name] if steps.get(name, 1) > 1 else torch.export.Dim.DYNAMIC
+        for d in plan.open
+        for name in d.values()
+    }
+    shapes = tuple({dim: dims[name] for dim, name in d.items()} for d in plan.open)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.export.export(plan.network, plan.example, dynamic_shapes=(shapes,), strict=False)

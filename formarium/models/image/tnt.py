@@ -370,7 +370,7 @@ class TNT(ImageClassifier):
     @property
     def dynamic_size(self) -> int:
         """An exported graph takes sides that are multiples of this."""
-        return 8 if self.config.pyramid else math.lcm(*pair(self.config.patch_size))
+        return 8 * 2 ** (len(self.stages) - 1) if self.config.pyramid else math.lcm(*pair(self.config.patch_size))
 
     def no_weight_decay(self) -> set[str]:
         return {"tokeniser.cls_token", "tokeniser.positions", "tokeniser.word_positions"}

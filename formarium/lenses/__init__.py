@@ -1,0 +1,1 @@
+"""Lenses: each looks into any model whose features it can read."""

@@ -1,0 +1,284 @@
+"""What lenses of classifiers share: labelled samples out of whatever data came, features of every layer, the head applied anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formarium.errors import BadInput
+from formarium.features import Feature, trace
+from formarium.model import Model
+from formarium.task import Data
+from formarium.task import task as task_of
+
+Batch = dict[str, Any]
+
+
+# samples ------------------------------------------------------------------------------------------------------------
+
+
+def batches_of(model: Model, data: Any, samples: int = 500, batch_size: int = 64, seed: int = 0, split: str = "val") -> list[Batch]:
+    """Batches of up to `samples` labelled samples, as the model's task makes them.
+
+    data: a Data (its `split`), a Dataset or list of raw samples, a loader or list of batches, or one batch. Of what has an index a
+    random `samples` are taken, by the seed; of a loader the first ones.
+    Raises BadInput where there is nothing in it, or no labels.
+    """
+    if isinstance(data, Data):
+        if split not in data.splits:
+            raise BadInput(f"data {data.name!r}", expected=f"a split called {split!r}", got=", ".join(data.splits))
+        data = data.splits[split]
+    if isinstance(data, Mapping):
+        data = [data]
+    if isinstance(data, (str, bytes)) or not (hasattr(data, "__getitem__") or isinstance(data, Iterable)):
+        raise BadInput("data", expected="Data, samples, a loader or batches", got=type(data).__name__)
+    raw = _indexed(data) and _raw(data[0])
+    batches = _from_samples(model, data, samples, batch_size, seed) if raw else _first(data, samples)
+    if not batches:
+        raise BadInput("data", expected="labelled samples", got="none")
+    if "label" not in batches[0]:
+        raise BadInput("data", expected="samples with labels", got=f"batches of {', '.join(batches[0])}")
+    return batches
+
+
+def _indexed(data: Any) -> bool:
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) > 0
+
+
+def _raw(sample: Any) -> bool:
+    """A sample as a dataset has it, rather than a batch of tensors."""
+    return isinstance(sample, Mapping) and not any(isinstance(v, Tensor) and v.ndim for v in sample.values())
+
+
+def _from_samples(model: Model, dataset: Any, samples: int, batch_size: int, seed: int) -> list[Batch]:
+    task = task_of(model.task)
+    transform = task.transform(getattr(model, "preprocessing", {}))
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation(len(dataset))[:samples])
+    ready = [transform(dataset[int(i)], rng) for i in chosen]
+    return [task.collate(ready[i : i + batch_size]) for i in range(0, len(ready), batch_size)]
+
+
+def _first(batches: Iterable[Mapping[str, Any]], samples: int) -> list[Batch]:
+    out, left = [], samples
+    for batch in batches:
+        if left <= 0:
+            break
+        if not isinstance(batch, Mapping):
+            raise BadInput("a batch", expected="a dict of tensors", got=type(batch).__name__)
+        out.append(take(batch, range(min(left, size_of(batch)))))
+        left -= size_of(out[-1])
+    return out
+
+
+def size_of(batch: Mapping[str, Any]) -> int:
+    """How many samples a batch holds."""
+    return next(len(v) for v in batch.values() if isinstance(v, (Tensor, list, tuple)))
+
+
+def take(batch: Mapping[str, Any], at: Sequence[int] | range) -> Batch:
+    """The batch's samples at these places."""
+    n, index = size_of(batch), torch.as_tensor([*at], dtype=torch.int64)
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == n:
+            return value[index.to(value.device)]
+        return [value[i] for i in at] if isinstance(value, (list, tuple)) and len(value) == n else value
+
+    return {k: pick(v) for k, v in batch.items()}
+
+
+def joined(batches: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """One entry of all batches, one after another: a tensor, or a list."""
+    values = [b[key] for b in batches]
+    return torch.cat([v.cpu() for v in values]) if isinstance(values[0], Tensor) else [x for v in values for x in v]
+
+
+def on(device: torch.device, batch: Mapping[str, Any]) -> Batch:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+# features -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reading:
+    """What a model made of n samples: pooled features by layer, float32 [n, channels], in the order of the forward; logits [n, classes]."""
+
+    layers: dict[str, Tensor]
+    logits: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        return self.logits.argmax(1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        return self.logits.double().softmax(1)
+
+    def joint(self, at: str) -> Tensor:
+        """The layers that match a glob side by side, [n, all their channels]."""
+        found = [x for name, x in self.layers.items() if fnmatchcase(name, at)]
+        return torch.cat(found, 1) if found else self.logits.new_empty(len(self.logits), 0)
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """The model in eval mode; afterwards as it was."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def read(model: Model, batches: Sequence[Mapping[str, Any]], at: str | Sequence[str] = "*") -> Reading:
+    """Pooled features of the layers that match, and logits, of every sample.
+
+    A class token that doesn't know its image yet (at a tokeniser it is the same for all) says nothing: there the other tokens' mean stands.
+    """
+    pooled: dict[str, list[Tensor]] = {}
+    means: dict[str, list[Tensor]] = {}
+    logits = []
+    with evaluating(model):
+        for batch in batches:
+            found = trace(model, on(model.device, batch), at=at if isinstance(at, str) else tuple(at))
+            logits.append(_logits(found.output))
+            for name, feature in found.items():
+                pooled.setdefault(name, []).append(feature.pooled().float().cpu())
+                if feature.prefix:
+                    means.setdefault(name, []).append(feature.tokens[:, feature.prefix :].mean(1).float().cpu())
+    layers = {name: torch.cat(parts) for name, parts in pooled.items()}
+    for name, parts in means.items():
+        if torch.equal(layers[name], layers[name][:1].expand_as(layers[name])):
+            layers[name] = torch.cat(parts)
+    return Reading(layers, torch.cat(logits))
+
+
+def _logits(out: Any) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise BadInput("the model's output", expected="logits [batch, classes]", got=type(out).__name__)
+    return out.detach().float().cpu()
+
+
+def layer_names(model: Model, batches: Sequence[Mapping[str, Any]], at: str | Sequence[str] = "*", most: int = 16) -> list[str]:
+    """The layers that match, in the order of the forward; of more than `most`, evenly spaced ones with the first and last among them."""
+    names = [*read(model, [take(batches[0], range(min(2, size_of(batches[0]))))], at).layers]
+    if len(names) <= most:
+        return names
+    return [names[i] for i in sorted({round(i * (len(names) - 1) / (most - 1)) for i in range(most)})]
+
+
+# models -------------------------------------------------------------------------------------------------------------
+
+
+def name_of(model: Model) -> str:
+    return model.variant or type(model).__name__
+
+
+def named(others: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
+    if isinstance(others, Mapping):
+        return dict(others)
+    out: dict[str, Model] = {}
+    for other in others:
+        name, n = name_of(other), 2
+        while name in out:
+            name, n = f"{name_of(other)} ({n})", n + 1
+        out[name] = other
+    return out
+
+
+def load_state(model: Model, state: Any, what: str) -> Model:
+    """The model with a state dict (or the one in a .safetensors file) loaded."""
+    if isinstance(state, (str, Path)):
+        from safetensors.torch import load_file
+
+        if not Path(state).is_file():
+            raise BadInput(what, expected="a state dict or a .safetensors file", got=f"no file {state}")
+        state = load_file(state)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as e:
+        raise BadInput(what, expected=f"a state dict of {name_of(model)}", got=str(e).splitlines()[-1].strip()) from None
+    return model
+
+
+# the head -----------------------------------------------------------------------------------------------------------
+
+
+class Head:
+    """A classifier's head, applied to other features than it was given: `head(features [n, channels]) -> logits [n, classes]`.
+
+    The features replace what the taps at `at` ("features*") give, every token alike, so that the head pools them to just these. Where
+    the head turns out to be affine in them (found by giving it unit vectors), its matrix is used from then on, which is exact and
+    costs nothing; else each call runs the model. Where a head reads more of the tokens than their pooled vector, the tokens are
+    shifted instead, so that unchanged features give the model's own logits; `whole` then is False.
+    """
+
+    def __init__(self, model: Model, batches: Sequence[Mapping[str, Any]], reading: Reading, at: str = "features*"):
+        self.model, self.batches, self.at = model, batches, at
+        self.widths = {name: x.shape[1] for name, x in reading.layers.items() if fnmatchcase(name, at)}
+        if not self.widths:
+            raise BadInput("taps", expected=f"one before the head ({at})", got=", ".join(reading.layers))
+        features = reading.joint(at)
+        self.whole = _same(self._run(features, shift=False), reading.logits)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if self.whole:
+            self._find_matrix(features, reading.logits)
+
+    @property
+    def affine(self) -> bool:
+        return self.weight is not None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        if self.weight is not None and self.bias is not None:
+            return (features.double() @ self.weight + self.bias).float()
+        return self._run(features.float(), shift=not self.whole)
+
+    def _find_matrix(self, features: Tensor, logits: Tensor) -> None:
+        scale = features.std(0).mean().item() or 1.0
+        middle = features.mean(0, keepdim=True)
+        answers = self._run(torch.cat([middle, middle + scale * torch.eye(features.shape[1])]), shift=False).double()
+        weight = (answers[1:] - answers[0]) / scale
+        bias = answers[0] - middle[0].double() @ weight
+        few = features[:32] - middle  # also far from the features it knows: a saturating head is affine only near them
+        far = torch.cat([few, middle + 10 * few, -10 * middle + few])
+        if all(_same((x.double() @ weight + bias).float(), y) for x, y in [(features, logits), (far, self._run(far, shift=False))]):
+            self.weight, self.bias = weight, bias
+
+    def _run(self, features: Tensor, shift: bool) -> Tensor:
+        """The model's answers where its features are these, [rows, channels]: row by row with its own sample where they are shifted."""
+        out, at, turn = [], 0, 0
+        with evaluating(self.model):
+            while at < len(features):
+                batch = self.batches[turn % len(self.batches)]
+                rows = features[at : at + size_of(batch)]
+                parts = dict(zip(self.widths, rows.split([*self.widths.values()], 1), strict=True))
+                edit = {name: self._edit(part, shift) for name, part in parts.items()}
+                batch = on(self.model.device, take(batch, range(len(rows))))
+                out.append(_logits(trace(self.model, batch, at=tuple(self.widths), edit=edit).output))
+                at, turn = at + len(rows), turn + 1
+        return torch.cat(out)
+
+    @staticmethod
+    def _edit(rows: Tensor, shift: bool) -> Callable[[Feature], Tensor]:
+        def edit(feature: Feature) -> Tensor:
+            new = rows.to(feature.tokens)[:, None]
+            return feature.tokens + (new - feature.pooled()[:, None]) if shift else new.expand_as(feature.tokens)
+
+        return edit
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-6))
