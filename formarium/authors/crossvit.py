@@ -8,21 +8,21 @@ from formarium.authors import Authors
 
 
 def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
-    def pair(value: Any) -> Any:
-        return value if isinstance(value, (list, tuple)) else (value, value)
-
+    size, patches = theirs.get("img_size", 224), theirs.get("patch_size", (8, 16))
     return {
-        "image_sizes": pair(theirs.get("img_size", (224, 224))),
-        "patch_sizes": theirs.get("patch_size", (8, 16)),
+        "image_sizes": size if isinstance(size, (list, tuple)) else (size,) * len(patches),
+        "patch_sizes": patches,
         "dims": theirs.get("embed_dim", (192, 384)),
         "depths": theirs.get("depth", ((1, 3, 1),) * 3),
         "heads": theirs.get("num_heads", (6, 12)),
-        "mlp_ratios": theirs.get("mlp_ratio", (2, 2, 4))[:2],  # the third is never read
+        "mlp_ratios": theirs.get("mlp_ratio", (2, 2, 4))[: len(patches)],  # the last is never read
         "multi_conv": theirs.get("multi_conv", False),
         "qkv_bias": theirs.get("qkv_bias", False),
+        "qk_scale": theirs.get("qk_scale"),
         "norm_eps": theirs.get("norm_eps", 1e-5),
         "in_channels": theirs.get("in_chans", 3),
         "num_classes": theirs.get("num_classes", 1000),
+        "drop_path": theirs.get("drop_path_rate", 0.0),
     }
 
 

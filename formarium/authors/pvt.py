@@ -16,6 +16,8 @@ def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
         "reductions": theirs["sr_ratios"],
         "mlp_ratios": theirs["mlp_ratios"],
         "patch_sizes": (theirs["patch_size"], *(2,) * (stages - 1)),
+        "qkv_bias": theirs.get("qkv_bias", False),
+        "norm_eps": theirs.get("norm_eps", 1e-5),
         "image_size": theirs["img_size"],
         "num_classes": theirs.get("num_classes", 1000),
         "dense": header["reference"]["entry"].startswith("detection"),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from formarium.catalogue import card as card_of
 from formarium.catalogue import system_class
 from formarium.engine.evaluation import split_of
-from formarium.engine.loader import evaluation_batches
 from formarium.engine.runs import Run, as_model, as_run, data_for
 from formarium.errors import BadInput, UnknownName
 from formarium.lens import Lens, Report
 from formarium.model import Model
-from formarium.task import Data, task
+from formarium.task import Data
 
 
 def look(
@@ -24,7 +24,6 @@ def look(
     *,
     split: str = "val",
     before: str | Path | Model | Run | None = None,
-    batch_size: int = 64,
     **options: Any,
 ) -> Report:
     """What a lens (by slug, or ready made) finds in a model on one split of labelled data.
@@ -39,14 +38,11 @@ def look(
     if reason := lens.needs(network):
         raise BadInput(f"{type(lens).__name__} on {network.variant}", expected="a model it can look into", got=reason)
     found = data_for(network, data)
-    task_ = task(network.task)
-    batches = [*evaluation_batches(split_of(found, split), task_.transform(network.preprocessing), task_.collate, batch_size)]
-    for batch in batches:
-        batch["names"] = [*found.names]
+    seen = replace(found, splits={**found.splits, "val": split_of(found, split)})  # the lens draws its samples itself
     was = network.training
     try:
         earlier = as_model(before).eval() if before is not None else None
-        return lens.look(network.eval(), batches, before=earlier, snapshots=run.snapshots() or None)
+        return lens.look(network.eval(), seen, before=earlier, snapshots=run.snapshots() or None)
     finally:
         network.train(was)
 

@@ -76,7 +76,7 @@ def clip(parameters: Sequence[nn.Parameter], limit: float, mode: str, norm: Tens
 
 def _unit_norm(x: Tensor) -> Tensor:
     """The norm of each output unit's weights, shaped to broadcast; a vector is one unit."""
-    return x.norm() if x.ndim <= 1 else x.norm(dim=tuple(range(1, x.ndim)), keepdim=True)
+    return x.norm() if x.ndim <= 1 else torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
 class Averaged:

@@ -89,9 +89,7 @@ def alike(name: str, accuracy: float, pairs: Mapping[str, Numbers]) -> list[str]
     good = [n for n in pairs if pairs[n]["accuracy"] >= accuracy - 0.05]
     if good:
         far = min(good, key=lambda n: pairs[n]["agreement"])
-        said = (
-            f"Of the models about as good as {name}, {far} errs most on its own" if len(good) > 1 else f"{far} is about as good as {name}"
-        )
+        said = f"Of the models about as good as {name}, {far} errs most on its own"
         out.append(f"{said} (same prediction on {pairs[far]['agreement']:.0%}): an ensemble of the two is worth a try.")
     return out
 
@@ -125,7 +123,8 @@ def ablated(found: Numbers) -> list[str]:
     gone = next((k for k, v in without.items() if v["macro_f1"] < 0.5 * whole), None)
     text = f"{found['components_95']} of {len(found['explained'])} components carry 95% of the last features' variance"
     if gone is not None:
-        text += f"; without the first {gone if gone != '1' else 'one'} the head falls from macro-F1 {whole:.2f} to {without[gone]['macro_f1']:.2f}"
+        first, left = "one" if gone == "1" else gone, without[gone]["macro_f1"]
+        text += f"; without the first {first} the head falls from macro-F1 {whole:.2f} to {left:.2f}"
     out = [f"{text}."]
     before, after = (without[k]["class_accuracy"] for k in ("0", "1"))
     hit = max(before, key=lambda n: before[n] - after[n])

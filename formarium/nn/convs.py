@@ -13,7 +13,7 @@ class ConvBN(nn.Module):
     """Conv2d without bias, then BatchNorm2d. x: float [batch, dim, h, w], fastest channels-last. Returns [batch, out, h', w'].
 
     residual adds x (stride 1, out = dim). In inference the normalisation, and a depthwise convolution's residual too, are folded into
-    the kernel; the folded kernel is kept until a weight or statistic changes. A 1x1 kernel is a matrix product.
+    the kernel; the folded kernel is kept until a weight or statistic changes, or a forward with gradients goes by. A 1x1 kernel is a matrix product.
     """
 
     def __init__(self, dim: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, residual: bool = False, gain: float = 1.0):
@@ -27,6 +27,8 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
+                self._folded = None  # weights are about to change, and fused optimisers don't count that as a new version
             y = self.norm(self._convolve(x, self.conv.weight, None))
             return x + y if self.residual else y
         y = self._convolve(x, *self.folded())

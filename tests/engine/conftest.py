@@ -15,7 +15,21 @@ def bars(count: int, seed: int) -> Arrays:
     return Arrays(images, label, [f"bar {i}" for i in range(count)])
 
 
-@pytest.fixture(scope="session")
-def data() -> Data:
+def bars_data() -> Data:
     splits = {"train": bars(96, 0), "val": bars(40, 1)}
     return Data("bars", "image-classification", splits, {"num_classes": 4}, ["a", "b", "c", "d"], [], {"sample": "bars"})
+
+
+@pytest.fixture(scope="session")
+def data() -> Data:
+    return bars_data()
+
+
+def weights(run):
+    return {k: v.clone() for k, v in run.model.state_dict().items()}
+
+
+def equal(a, b):
+    import torch
+
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -124,7 +124,7 @@ def test_decoding_is_checked_in_worker_processes_where_there_are_many(folder, mo
         (lambda p: _write(p / "x" / "a.png", b"?").parent.parent, "1 corrupt files"),
         (lambda p: (_image(p / "a" / "1.png"), _image(p / "b" / "1.png"))[0].parent.parent, "at least two images"),
         (lambda p: _image(p / "a.png").parent, "no class folders"),
-        (lambda p: [_image(p / s) for s in ("train/a/1.png", "val/a/1.png", "val/b/1.png")][0].parents[2], "none of b"),
+        (lambda p: _images(p, "train/a/1.png", "val/a/1.png", "val/b/1.png"), "none of b"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(tmp_path, make, says):
@@ -137,6 +137,12 @@ def _write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
+
+
+def _images(root, *names):
+    for name in names:
+        _image(root / name)
+    return root
 
 
 def _image(path):

@@ -30,15 +30,15 @@ class ClassTokenAttention(nn.Module):
     That costs tokens * dim * heads where projecting every token would cost tokens * dim^2, and is the same function.
     """
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, scale: float | None = None):
         super().__init__()
-        self.heads = heads
+        self.heads, self.scale = heads, scale or (dim // heads) ** -0.5
         self.q, self.k, self.v = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, dim = x.shape
-        q = self.q(x[:, 0]).view(b, self.heads, -1) * (dim // self.heads) ** -0.5  # b h d
+        q = self.q(x[:, 0]).view(b, self.heads, -1) * self.scale  # b h d
         scores = torch.einsum("bhd,hdc->bhc", q, self.k.weight.view(self.heads, -1, dim)) @ x.transpose(1, 2)  # b h n
         if self.k.bias is not None:
             scores = scores + (q * self.k.bias.view(self.heads, -1)).sum(-1, keepdim=True)
@@ -50,10 +50,10 @@ class ClassTokenAttention(nn.Module):
 class CrossBlock(nn.Module):
     """Residual on the class token, without an MLP: x[:, :1] + attention(LN x) (eq. 5)."""
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool, eps: float, drop_path: float):
+    def __init__(self, dim: int, heads: int, c: CrossViT.Config, drop_path: float):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=eps)
-        self.attention = ClassTokenAttention(dim, heads, qkv_bias)
+        self.norm = nn.LayerNorm(dim, eps=c.norm_eps)
+        self.attention = ClassTokenAttention(dim, heads, c.qkv_bias, c.qk_scale)
         self.drop = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class MultiScaleBlock(nn.Module):
         self.to_other = nn.ModuleList(Projection(c.dims[i], c.dims[other[i]], c.norm_eps) for i in others)
         self.cross = nn.ModuleList(
             nn.ModuleList(
-                CrossBlock(c.dims[other[i]], c.heads[other[i]], c.qkv_bias, c.norm_eps, last) for _ in range(max(1, depth[-1]))
+                CrossBlock(c.dims[other[i]], c.heads[other[i]], c, last) for _ in range(max(1, depth[-1]))
             ) for i in others
         )  # fmt: skip
         self.back = nn.ModuleList(Projection(c.dims[other[i]], c.dims[i], c.norm_eps) for i in others)
@@ -167,10 +167,12 @@ class CrossViT(ImageClassifier):
         mlp_ratios: tuple[float, ...] = (4, 4)
         multi_conv: bool = False
         qkv_bias: bool = True
+        qk_scale: float | None = None  # of the crossings' logits; None: 1 / sqrt(width of a head)
         norm_eps: float = 1e-6
         in_channels: int = 3
         num_classes: int = 1000
         drop_path: float = 0.0
+        dense: bool = False  # no heads: forward gives the branches' maps
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -188,11 +190,14 @@ class CrossViT(ImageClassifier):
         self.blocks = nn.ModuleList(blocks)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=c.norm_eps) for dim in c.dims)
         self.features = nn.ModuleList(Tap(prefix=1) for _ in c.dims)
-        self.heads = nn.ModuleList(nn.Linear(dim, c.num_classes) for dim in c.dims)
+        if not c.dense:
+            self.heads = nn.ModuleList(nn.Linear(dim, c.num_classes) if c.num_classes else nn.Identity() for dim in c.dims)
         init_transformer(self)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [batch, channels, height, width] of any size to logits [batch, classes], the mean of the branches'."""
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Normalised image [batch, channels, height, width] of any size to logits [batch, classes], the branches' mean (or the maps)."""
+        if self.config.dense:
+            return self.pyramid(image)
         return torch.stack(self.branch_logits(image)).mean(0)
 
     def branch_logits(self, image: Tensor) -> list[Tensor]:

@@ -31,11 +31,11 @@ class SpatialReductionAttention(nn.Module):
     x: float [batch, tokens, dim], row-major over `grid` = (height, width). Returns the same shape.
     """
 
-    def __init__(self, dim: int, heads: int, reduction: int):
+    def __init__(self, dim: int, heads: int, reduction: int, qkv_bias: bool = True):
         super().__init__()
         self.heads, self.reduction = heads, reduction
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
         if reduction > 1:
             self.shrink = nn.Conv2d(dim, dim, reduction, reduction)
@@ -57,12 +57,13 @@ class SpatialReductionAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x + SRA(LN x), then x + MLP(LN x). x: float [batch, prefix + h w, dim]."""
 
-    def __init__(self, dim: int, heads: int, reduction: int, mlp_ratio: float, drop_path: float, prefix: int):
+    def __init__(self, c: PVT.Config, stage: int, drop_path: float, prefix: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attention = SpatialReductionAttention(dim, heads, reduction)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        dim = c.dims[stage]
+        self.norm1 = nn.LayerNorm(dim, eps=c.norm_eps)
+        self.attention = SpatialReductionAttention(dim, c.heads[stage], c.reductions[stage], c.qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=c.norm_eps)
+        self.mlp = MLP(dim, int(dim * c.mlp_ratios[stage]))
         self.drop = DropPath(drop_path)
         self.tap = Tap(prefix=prefix)
 
@@ -78,9 +79,9 @@ class Stage(nn.Module):
     forward: a map [batch, in_dim, height, width] to tokens [batch, prefix + h w, dim] and their grid (h, w).
     """
 
-    def __init__(self, in_dim: int, dim: int, patch: int, grid: Grid, table_prefix: int, prefix: int, blocks: list[Block]):
+    def __init__(self, in_dim: int, dim: int, patch: int, grid: Grid, table_prefix: int, prefix: int, blocks: list[Block], first: bool):
         super().__init__()
-        self.grid, self.table_prefix = grid, table_prefix
+        self.grid, self.table_prefix, self.first = grid, table_prefix, first
         self.embed = nn.Conv2d(in_dim, dim, patch, patch)
         self.embed_norm = nn.LayerNorm(dim)
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, table_prefix + grid[0] * grid[1], dim), std=0.02))
@@ -91,7 +92,9 @@ class Stage(nn.Module):
         x = self.embed(x)
         grid = (x.shape[2], x.shape[3])
         x = self.embed_norm(x.flatten(2).transpose(1, 2))  # b (h w) c
-        x = x + resize_table(self.positions[:, self.table_prefix :], self.grid, grid)
+        table = self.positions[:, self.table_prefix :]
+        fits = self.first and isinstance(x.shape[1], int) and x.shape[1] == table.shape[1]  # as released, whatever the grid's shape
+        x = x + (table if fits else resize_table(table, self.grid, grid))
         if cls_token is not None:  # its own entry of the table is never resized
             x = torch.cat([(cls_token + self.positions[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.tokens(x, grid=grid)
@@ -109,6 +112,8 @@ class PVT(ImageClassifier):
         reductions: tuple[int, ...] = (8, 4, 2, 1)
         mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
         patch_sizes: tuple[int, ...] = (4, 2, 2, 2)
+        qkv_bias: bool = True
+        norm_eps: float = 1e-6
         image_size: int | tuple[int, int] = 224  # of the position tables; they are resized for other sizes
         in_channels: int = 3
         num_classes: int = 1000
@@ -124,14 +129,14 @@ class PVT(ImageClassifier):
         for i, dim in enumerate(c.dims):
             height, width = height // c.patch_sizes[i], width // c.patch_sizes[i]
             prefix = int(i == last and not c.dense)
-            blocks = [Block(dim, c.heads[i], c.reductions[i], c.mlp_ratios[i], rate, prefix) for rate in rates[i]]
+            blocks = [Block(c, i, rate, prefix) for rate in rates[i]]
             in_dim = c.dims[i - 1] if i else c.in_channels
             # the dense backbone, too, has the class token's entry in its last table: unused there, but in the released weights
-            stages.append(Stage(in_dim, dim, c.patch_sizes[i], (height, width), int(i == last), prefix, blocks))
+            stages.append(Stage(in_dim, dim, c.patch_sizes[i], (height, width), int(i == last), prefix, blocks, i == 0))
         self.stages = nn.ModuleList(stages)
         if not c.dense:
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, c.dims[-1]), std=0.02))
-            self.norm = nn.LayerNorm(c.dims[-1], eps=1e-6)
+            self.norm = nn.LayerNorm(c.dims[-1], eps=c.norm_eps)
             self.features = Tap(prefix=1)
             self.head = nn.Linear(c.dims[-1], c.num_classes)
         init_transformer(self)
@@ -154,6 +159,11 @@ class PVT(ImageClassifier):
             out.append(stage(x, cls_token))
             x = to_map(*out[-1])
         return out
+
+    @property
+    def dynamic_size(self) -> int:
+        """An exported graph takes sides that are multiples of this."""
+        return math.prod(self.config.patch_sizes)
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_token"}
