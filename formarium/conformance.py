@@ -6,6 +6,7 @@ Each check is a function of a card; it returns a sentence about what it saw, or 
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,19 @@ def every_variant_builds_with_the_published_parameters(card: Card) -> str:
             count = create(name).parameters_count
             must(variant.parameters in (None, count), f"{name} has {count} parameters, its card says {variant.parameters}")
     return f"{len(card.variants)} variants built"
+
+
+@_check("lens")
+def looks_into_a_model_or_says_why_not(card: Card) -> str:
+    lens, model = system_class(card)(), smallest(catalogue.card("pvt"))
+    if reason := lens.needs(model):
+        return reason
+    before = [p.clone() for p in model.parameters()]
+    report = lens.look(model, [model.example_batch(16, seed=i) for i in range(4)])
+    must(report.findings and all(isinstance(f, str) for f in report.findings), "the report has no findings in words")
+    json.dumps(report.numbers)
+    must(all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "looking changes the model")
+    return f"{len(report.findings)} findings, {len(report.figures)} figures"
 
 
 # the network --------------------------------------------------------------------------------------------------------

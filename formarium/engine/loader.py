@@ -118,6 +118,7 @@ def training_batches(
     split = slice(None) if mix is not None else slice(rank, None, world)
     sampler = _Steps(order, steps, split)
     options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": 4} if workers else {}
+    options["generator"] = torch.Generator()  # or it would draw from everybody's
     loader: Any = DataLoader(prepared, batch_sampler=sampler, collate_fn=_Joined(collate), pin_memory=torch.cuda.is_available(), **options)  # type: ignore[arg-type]
     for step, batch in zip(steps, loader, strict=True):
         if isinstance(batch, FormariumError):
@@ -184,7 +185,7 @@ def placed_batches(dataset: Dataset, transform: Transform, collate: Collate, bat
     one that can't be read as the error that says so."""
     prepared = Prepared(dataset, transform)
     keys = [[(0, i, 0) for i in range(a, min(a + batch_size, len(dataset)))] for a in range(0, len(dataset), batch_size)]
-    loader: Any = DataLoader(prepared, batch_sampler=keys, collate_fn=_Grouped(collate), num_workers=workers)  # type: ignore[arg-type]
+    loader: Any = DataLoader(prepared, batch_sampler=keys, collate_fn=_Grouped(collate), num_workers=workers, generator=torch.Generator())  # type: ignore[arg-type]
     first = 0
     for placed in loader:
         for places, batch in placed:

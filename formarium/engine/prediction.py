@@ -99,7 +99,7 @@ def as_dataset(inputs: Any, task_name: str) -> Dataset:
         raise BadInput("inputs", expected="paths, images, arrays or tensors", got=type(inputs).__name__)
     if not len(inputs):
         raise BadInput("inputs", expected="at least one", got="none")
-    if not isinstance(inputs, (list, tuple)):
+    if type(inputs) not in (list, tuple):  # a Dataset
         return inputs
     if all(isinstance(x, (str, Path)) for x in inputs):
         return task(task_name).inputs(inputs)

@@ -13,7 +13,8 @@ class ConvBN(nn.Module):
     """Conv2d without bias, then BatchNorm2d. x: float [batch, dim, h, w], fastest channels-last. Returns [batch, out, h', w'].
 
     residual adds x (stride 1, out = dim). In inference the normalisation, and a depthwise convolution's residual too, are folded into
-    the kernel; the folded kernel is kept until a weight or statistic changes, or a forward with gradients goes by. A 1x1 kernel is a matrix product.
+    the kernel; the folded kernel is kept until a weight or statistic changes, or a forward
+    with gradients goes by. A 1x1 kernel is a matrix product.
     """
 
     def __init__(self, dim: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, residual: bool = False, gain: float = 1.0):

@@ -183,7 +183,7 @@ class ToyLens(Lens):
 
     def look(self, model, data, before=None, snapshots=None):
         assert not model.training
-        numbers = {"samples": sum(len(b["id"]) for b in data), "before": before is not None, "snapshots": [*(snapshots or {})]}
+        numbers = {"samples": len(data.splits["val"]), "before": before is not None, "snapshots": [*(snapshots or {})]}
         return Report("toy", numbers={**numbers, "depth": self.depth})
 
 
