@@ -41,8 +41,16 @@ class Lens:
     def needs(self, model: Model) -> str:
         return ""
 
-    def look(self, model: Model, data: Any, before: Model | None = None, snapshots: Mapping[int, Any] | None = None) -> Report:
+    def look(
+        self,
+        model: Model,
+        data: Any,
+        before: Model | None = None,
+        snapshots: Mapping[int, Any] | None = None,
+        others: Mapping[str, Model] | Sequence[Model] = (),
+    ) -> Report:
         """model: the one looked into. data: the task's data (a list of samples or a loader of batches with labels).
         before: the same model before fine-tuning, where the lens compares. snapshots: step -> state dict, kept by fit.
+        others: more models of the same task, where the lens compares several.
         Raises BadInput where `needs` gives a reason."""
         raise NotImplementedError

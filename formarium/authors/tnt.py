@@ -11,9 +11,9 @@ from formarium.authors import Authors, State
 _BLOCK = [
     ("inner_norm1", "words.norm1"),
     ("inner_attn.proj", "words.out"),
-    ("inner_attn", "words"),
     ("inner_norm2", "words.norm2"),
     ("inner_mlp", "words.mlp"),
+    ("inner_attn", "words"),  # after the others under `words`, for the way back
     ("proj_norm1", "fuse.norm1"),
     ("proj_norm2", "fuse.norm2"),
     ("proj", "fuse.linear"),

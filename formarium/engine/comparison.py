@@ -392,7 +392,7 @@ def _conclude(
         section.picture = task_.draw(*_examples(best), data.names)
         if lens:
             say(f"looking into {good[0]['variant']} with {lens}")
-            section.look = _look(winner, lens, data)
+            section.look = _look(winner, lens, data, {r["variant"]: folder / r["run"] for r in good[1:3]})
     comparison = Comparison(rows, winner, results, folder, section)
     runs.write_json(folder / "results.json", results)
     page.write(folder / "report.html", f"Which design is best for {data.name}?", [section])
@@ -425,8 +425,8 @@ def _examples(best: Evaluation, most: int = 16) -> tuple[Any, dict[str, Any]]:
     return type(best.predictions[0])(**{k: v[chosen] for k, v in size.items()}), {k: v[chosen] for k, v in batch.items()}
 
 
-def _look(winner: runs.Run, lens: str, data: Data) -> Any:
-    """The lens's report on the winner; where it can't look, a report that says so."""
+def _look(winner: runs.Run, lens: str, data: Data, others: Mapping[str, Path]) -> Any:
+    """The lens's report on the winner beside the next two; where it can't look, a report that says so."""
     from formarium.lens import Report
 
     try:
@@ -435,7 +435,7 @@ def _look(winner: runs.Run, lens: str, data: Data) -> Any:
         if snapshots:
             before = runs.build(winner.config)
             before.load_state_dict(snapshots[min(snapshots)])
-        return look(winner, lens, data, before=before.eval() if before is not None else None)
+        return look(winner, lens, data, before=before.eval() if before is not None else None, others=others)
     except (BadInput, UnknownName) as e:
         return Report(lens, [f"{lens} could not look into the winner: {e}"])
 

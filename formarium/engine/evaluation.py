@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from formarium.engine.loader import Batch, placed_batches, to_device
+from formarium.engine.loader import Batch, placed_batches, reseed, to_device
 from formarium.engine.precision import autocast, resolve_for
 from formarium.engine.runs import Run, as_model, data_for, must_fit
 from formarium.errors import BadInput, FormariumError
 from formarium.model import Model
 from formarium.task import Data, Dataset, task
 
+KEPT = 2**30  # bytes of batches that an evaluation holds on to
+
 
 @dataclass
 class Evaluation:
     """metrics by name; intervals: metric -> (low, high), 95% by percentile bootstrap, for metrics that are means over samples.
 
-    per_sample: metric -> float array [samples]. predictions, batches: what the model said of what, batch by batch, on the CPU.
+    per_sample: metric -> float array [samples]. predictions, batches: what the model said of what, batch by batch, on the CPU; of batches
+    beyond the first KEPT bytes only what the task scores by (its `scored` keys, where it names them).
     """
 
     metrics: dict[str, float]
@@ -77,13 +80,15 @@ def split_of(data: Data, split: str) -> Dataset:
 def predict_all(
     model: Model, dataset: Dataset, *, batch_size: int = 64, precision: str = "auto", workers: int = 0, seed: int = 0
 ) -> tuple[list[Any], list[Batch]]:
-    """Predictions and batches over a whole dataset, on the CPU. Raises BadInput for a sample that can't be read."""
-    predictions, batches = [], []
+    """Predictions and batches (see Evaluation) over a whole dataset, on the CPU. Raises BadInput for a sample that can't be read."""
+    predictions, batches, kept = [], [], 0
+    scored = getattr(task(model.task), "scored", None)
     for _, prediction, batch in predicting(model, dataset, batch_size=batch_size, precision=precision, workers=workers, seed=seed):
         if isinstance(batch, FormariumError):
             raise batch
+        kept += sum(v.numel() * v.element_size() for v in batch.values() if torch.is_tensor(v))
         predictions.append(prediction)
-        batches.append(batch)
+        batches.append(batch if kept <= KEPT or scored is None else {k: v for k, v in batch.items() if k in scored})
     return predictions, batches
 
 
@@ -106,7 +111,7 @@ def predicting(
         model.eval()
         try:
             with torch.no_grad(), autocast(how, device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(seed + places[0])
+                reseed(seed + places[0], device)
                 prediction = _to_cpu(model.predict(to_device(batch, device)))
         finally:
             model.train(was)

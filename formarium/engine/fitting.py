@@ -22,7 +22,7 @@ from formarium.engine import precision as precisions
 from formarium.engine import runs
 from formarium.engine.evaluation import predict_all
 from formarium.engine.journal import Journal
-from formarium.engine.loader import NOISE, Batch, Order, Prepared, stream, to_device, training_batches
+from formarium.engine.loader import NOISE, Batch, Order, Prepared, reseed, stream, to_device, training_batches
 from formarium.engine.optim import Averaged
 from formarium.engine.preparing import prepare
 from formarium.engine.progress import Interrupted, bar, command_to_go_on, interrupts
@@ -71,6 +71,8 @@ def fit(
     Raises RunExists, BadInput, UnknownName; Diverged where the loss is no longer finite (the last checkpoint stays); Interrupted (a
     KeyboardInterrupt) after Ctrl-C, when the state is saved.
     """
+    if seed < 0:
+        raise BadInput("seed", expected="0 or more", got=str(seed))
     torch.manual_seed(seed)
     network, found, chosen = prepare(model, data, recipe, overrides)
     fabric = _fabric(network, precision)
@@ -195,7 +197,7 @@ class Trainer:
     def prepare(self, stage: Stage, span: range) -> None:
         """What a stage asks for before its first step."""
         if stage.prepare:
-            torch.manual_seed(stream(self.order.seed, NOISE, span.start))
+            reseed(stream(self.order.seed, NOISE, span.start), self.fabric.device)
             getattr(self.network, stage.prepare)()
             self.network.to(self.fabric.device)
 
@@ -209,7 +211,7 @@ class Trainer:
 
     def one_step(self, training: Training, batch: Batch) -> dict[str, float]:
         self.network.train()
-        torch.manual_seed(stream(self.order.seed, NOISE, self.step, self.fabric.global_rank))
+        reseed(stream(self.order.seed, NOISE, self.step, self.fabric.global_rank), self.fabric.device)
         try:
             terms = training.step(to_device(batch, self.fabric.device), self.step)
         except Diverged as e:

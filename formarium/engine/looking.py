@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ def look(
     *,
     split: str = "val",
     before: str | Path | Model | Run | None = None,
+    others: Mapping[str, str | Path | Model | Run] | None = None,
     **options: Any,
 ) -> Report:
     """What a lens (by slug, or ready made) finds in a model on one split of labelled data.
 
     model: a model, a run (which brings the snapshots that its fit kept), a run directory, or a name (fresh weights). data: a Data, a path,
-    or "sample:NAME". before: the model before fine-tuning, where the lens compares. options: the lens's own, where it is given by slug.
+    or "sample:NAME". before: the model before fine-tuning, where the lens compares. others: more models of the task, by a name
+    for each, where it compares several. options: the lens's own, where it is given by slug.
     The model's mode is left as it was.
     Raises UnknownName for a lens or option nothing carries, BadInput where the lens can't look into that model or the split isn't there.
     """
@@ -41,8 +44,9 @@ def look(
     seen = replace(found, splits={**found.splits, "val": split_of(found, split)})  # the lens draws its samples itself
     was = network.training
     try:
+        more = {name: as_model(other).eval() for name, other in (others or {}).items()}
         earlier = as_model(before).eval() if before is not None else None
-        return lens.look(network.eval(), seen, before=earlier, snapshots=run.snapshots() or None)
+        return lens.look(network.eval(), seen, before=earlier, snapshots=run.snapshots() or None, others=more)
     finally:
         network.train(was)
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from formarium.errors import BadInput, FormariumError
+from formarium.errors import BadInput, FormariumError, UnknownName
 from formarium.features import taps
 from formarium.lens import Lens, Report, Table
 from formarium.lenses import sufo_words as words
@@ -109,6 +109,9 @@ class SUFO(Lens):
                 raise BadInput(name, expected=f"at least {least[name]}", got=str(value))
         self.samples, self.layers, self.most_layers, self.folds = samples, layers, most_layers, folds
         self.freeze, self.metric, self.components, self.keep_mean = tuple(freeze), metric, components, keep_mean
+        for key in () if isinstance(fine_tune, FineTune) else (fine_tune or {}):
+            if key not in (known := [f.name for f in fields(FineTune)]):
+                raise UnknownName("setting of fine_tune", key, known)
         self.fine_tune = fine_tune if isinstance(fine_tune, FineTune) else FineTune(**(fine_tune or {}))
         self.outliers, self.batch_size, self.seed = outliers, batch_size, seed
 

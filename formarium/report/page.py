@@ -55,11 +55,9 @@ def _section(s: Section, beside: Path) -> dict[str, Any]:
     r = s.results
     rows, metric = r["candidates"], r["metric"]
     good = [row for row in rows if row["ok"]]
-    charts: list[tuple[str, Markup]] = []
-    if good:
-        charts.append((f"{metric} against latency", Markup(figures.svg(figures.pareto(rows, metric)))))
-        charts.append(("Learning curves", Markup(figures.svg(figures.learning_curves(s.curves, metric, rows)))))
-    charts += [(caption, Markup(figures.svg(f))) for caption, f in s.figures.items()]
+    drawn: dict[str, Figure] = {f"{metric} against latency": figures.pareto(rows, metric)} if good else {}
+    drawn |= s.figures
+    curves = figures.learning_curves(s.curves, metric, rows) if good else None
     return {
         "title": s.title,
         "r": r,
@@ -67,7 +65,8 @@ def _section(s: Section, beside: Path) -> dict[str, Any]:
         "rows": rows,
         "tint": figures.colors(rows),
         "verdict": verdict(r),
-        "charts": charts,
+        "charts": [(caption, Markup(figures.svg(f))) for caption, f in drawn.items()],
+        "curves": Markup(figures.svg(curves)) if curves is not None else None,
         "picture": figures.png(s.picture) if s.picture is not None else None,
         "look": _look(s.look) if s.look is not None else None,
         "winner_path": (s.folder / "winner").as_posix(),

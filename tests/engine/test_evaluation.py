@@ -4,6 +4,7 @@ import torch
 
 import formarium
 from formarium import create, evaluate
+from formarium.engine import evaluation
 from formarium.engine.evaluation import interval, predict_all, resampled_means
 from formarium.errors import BadInput
 from tests.engine import toys
@@ -39,6 +40,13 @@ def test_the_models_mode_and_the_random_state_are_left_alone():
     (
         model.body[0].weight.sum() + evaluate(model, toys.points()).predictions[0].value.sum()
     ).backward()  # nothing is out of bounds for autograd
+
+
+def test_what_it_holds_on_to_is_bounded(monkeypatch):
+    monkeypatch.setattr(evaluation, "KEPT", 2 * 5 * 16)
+    monkeypatch.setattr(toys.task, "scored", ("x",), raising=False)
+    found = evaluate("toy_micro", toys.points(), batch_size=5)
+    assert [[*b] for b in found.batches] == [["x", "id"], ["x", "id"], ["x"], ["x"]] and len(found.per_sample["error"]) == 17
 
 
 def test_intervals_hold_the_mean_and_have_a_seed():

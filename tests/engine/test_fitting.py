@@ -178,6 +178,8 @@ def test_wrong_arguments_are_said_in_one_line(data, monkeypatch):
         fit("toy_micro", formarium.task.Data("half", "toy", {"train": toys.Points.make(3, 0)}), steps=1)
     with pytest.raises(BadInput, match="published or demo"):
         fit("pvt_micro", data, steps=1, recipe="secret")
+    with pytest.raises(BadInput, match="seed"):
+        fit("pvt_micro", data, steps=1, seed=-1)
     assert fit("toy_micro", "sample:points", steps=1, recipe=Recipe(batch_size=4), lr=0.5).config["recipe"]["lr"] == 0.5
 
 

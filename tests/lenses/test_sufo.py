@@ -12,7 +12,7 @@ from formarium import create, trace
 from formarium.catalogue import cards
 from formarium.conformance import checks_for, run
 from formarium.engine.records import replay
-from formarium.errors import BadInput
+from formarium.errors import BadInput, UnknownName
 from formarium.features import Tap
 from formarium.lenses import sufo_words as words
 from formarium.lenses.freezing import FineTune, freeze_and_tune
@@ -315,6 +315,8 @@ def test_models_it_can_not_look_into_and_bad_options():
     for options in ({"metric": "manhattan"}, {"samples": 3}, {"components": 0}, {"folds": 1}):
         with pytest.raises(BadInput):
             SUFO(**options)
+    with pytest.raises(UnknownName, match="epochs"):
+        SUFO(fine_tune={"epoch": 3})
 
 
 def test_one_sample_a_class_leaves_probes_out(fitted):

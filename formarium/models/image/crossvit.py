@@ -147,7 +147,8 @@ class Branch(nn.Module):
         self.tokens = Tap(prefix=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        if image.shape[2] != self.size or image.shape[3] != self.size:
+        fits = all(isinstance(side, int) and side == self.size for side in image.shape[2:])
+        if not fits:  # a graph of open size has no branch: resizing to the same size changes nothing
             image = F.interpolate(image, size=(self.size, self.size), mode="bicubic", align_corners=False)
         x = self.embed(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
