@@ -33,7 +33,7 @@ def print_json(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    err_console.print(text, highlight=False, markup=False)
+    err_console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str = "") -> None:

@@ -88,6 +88,8 @@ def compare(
         given = dict(locals())
         with one_thread():  # small models gain nothing from several, and the fits get a core each
             return compare(given.pop("data"), **given)
+    parse_budget(budget)
+    chosen = candidates_for(task, systems, scale)
     folder = Path(out)
     asked = {
         "data": str(data) if not isinstance(data, Data) else data.name,
@@ -99,8 +101,7 @@ def compare(
     _claim(folder, resume, overwrite, {**asked, "seeds": seeds, "seed": seed, "fingerprint": fingerprint(found)})
     for note in found.notes:
         say(note)
-    candidates = candidates_for(task, systems, scale)
-    made = [_Candidate.make(card, variant, found) for card, variant in candidates]
+    made = [_Candidate.make(card, variant, found) for card, variant in chosen]
     kept, dropped = _within(made, max_params, max_latency)
     steps = plan(budget, kept, found, seeds, batch_size)
     epochs = steps / max(1, len(found.splits["train"]) // batch_size)
@@ -207,12 +208,17 @@ def _within(made: list[_Candidate], max_params: int | None, max_latency: float |
 # the budget ---------------------------------------------------------------------------------------------------------
 
 
-def plan(budget: str, candidates: Sequence[_Candidate], data: Data, seeds: int, batch_size: int) -> int:
-    """Optimiser steps for every candidate, the same for all and on any machine."""
+def parse_budget(budget: str) -> tuple[float, str]:
+    """("20ep") -> (20.0, "ep"). BadInput for what is no budget."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ep|epochs?|steps?|s|m|min|h)", budget.strip().lower())
     if not match or float(match[1]) <= 0:
         raise BadInput("budget", expected='"20ep", "2000steps" or a time such as "10m"', got=repr(budget))
-    amount, unit = float(match[1]), match[2]
+    return float(match[1]), match[2]
+
+
+def plan(budget: str, candidates: Sequence[_Candidate], data: Data, seeds: int, batch_size: int) -> int:
+    """Optimiser steps for every candidate, the same for all and on any machine."""
+    amount, unit = parse_budget(budget)
     per_epoch = max(1, len(data.splits["train"]) // batch_size)
     if unit.startswith("ep"):
         return max(1, round(amount * per_epoch))

@@ -113,11 +113,11 @@ def verify(slugs: Sequence[str] = (), records: str | Path = "tests/parity") -> I
     Raises BadInput where the folder isn't there or holds no record for what was asked, UnknownName for a slug nothing carries.
     """
     folder = Path(records)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}", expected="a folder of parity records", got="no such folder", fix="give one with --records")
     for slug in slugs:
         if slug not in cards():
             raise UnknownName("system", slug, cards())
+    if not folder.is_dir():
+        raise BadInput(f"{folder}", expected="a folder of parity records", got="no such folder", fix="give one with --records")
     paths = sorted(folder.rglob("*.safetensors"))
     chosen = [p for p in paths if not slugs or read_header(p)["system"] in slugs]
     if not chosen:
