@@ -7,7 +7,7 @@ from formarium.nn.ops import feed_forward as ops
 
 @pytest.fixture
 def small_slabs(monkeypatch):
-    monkeypatch.setattr(ops, "SLAB", 7 * 24)
+    monkeypatch.setattr(ops, "SLAB", 3 * 24)
 
 
 def tensors(*shapes):

@@ -22,9 +22,12 @@ def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 
 
 def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """As `feed_forward_plain`; in slabs where that pays: eager, on the CPU, more than one slab, no autocast."""
-    rows = x.numel() // x.shape[-1]
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or rows * w1.shape[0] <= SLAB or torch.is_autocast_enabled("cpu"):
+    """As `feed_forward_plain`; in slabs where that pays: eager, on the CPU, without autocast, and more than one slab (eight for training,
+    whose smaller products are better left whole)."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return feed_forward_plain(x, w1, b1, w2, b2)
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2))
+    if x.numel() // x.shape[-1] * w1.shape[0] <= SLAB * (8 if train else 1):
         return feed_forward_plain(x, w1, b1, w2, b2)
     return _Slabs.apply(x, w1, b1, w2, b2)
 
