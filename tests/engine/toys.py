@@ -181,7 +181,7 @@ class ToyLens(Lens):
     def __init__(self, depth: int = 1):
         self.depth = depth
 
-    def look(self, model, data, before=None, snapshots=None):
+    def look(self, model, data, before=None, snapshots=None, others=()):
         assert not model.training
         numbers = {"samples": len(data.splits["val"]), "before": before is not None, "snapshots": [*(snapshots or {})]}
         return Report("toy", numbers={**numbers, "depth": self.depth})
