@@ -538,7 +538,7 @@ def demo(out: str | Path = "runs/demo", *, overwrite: bool = False, resume: bool
     return comparisons
 
 
-DEMO_BUDGET = {"digits": "4ep", "textures": "4ep"}
+DEMO_BUDGET = {"digits": "3ep", "textures": "5ep"}
 
 
 def _mean_score(variant: str, comparisons: Sequence[Comparison]) -> float:
