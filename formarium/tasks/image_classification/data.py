@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -191,6 +192,8 @@ def inputs(paths: Sequence[str | Path]) -> Images:
     bad = [p for p, size in zip(found, _sizes(found), strict=True) if size is None]
     if len(bad) == len(found):
         raise BadInput(_few(bad), expected="an image", got="a file that can't be decoded as one")
+    if bad:
+        warnings.warn(f"{len(bad)} files that can't be decoded left out: {_few(bad)}", stacklevel=2)
     return Images(os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in found]), [p for p in found if p not in {*bad}])
 
 
