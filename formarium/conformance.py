@@ -205,6 +205,8 @@ def other_sizes_work_or_are_refused_clearly(card: Card) -> str:
 
 @_check("model")
 def bfloat16_autocast_stays_close(card: Card) -> str:
+    if reason := card.demo.get("no_bfloat16", ""):
+        return f"not in bfloat16: {reason}"
     model = smallest(card)
     inputs = model.example(2)
     exact = forward(model, *inputs)
@@ -315,7 +317,7 @@ def predicts_and_draws(card: Card) -> str:
     batch = model.example_batch(3)
     with torch.no_grad():
         prediction = model.predict(batch)
-    names = [f"class {i}" for i in range(getattr(model.config, "num_classes", 0))]
+    names = task.example_names or [f"class {i}" for i in range(getattr(model.config, "num_classes", 0))]
     rows = task.rows(prediction, batch, names)
     must(len(rows) == 3, f"{len(rows)} rows for a batch of 3")
     picture = task.draw(prediction, batch, names)
@@ -337,7 +339,9 @@ def bad_input_is_refused(card: Card) -> str:
         }
         if x.is_floating_point():
             wrong["NaN"] = x.clone().index_fill_(-1, torch.tensor(0), float("nan"))
-            wrong["another number of channels"] = torch.cat([x, x], 1)
+            axis = model.channel_axes[i] if i < len(model.channel_axes) else None
+            if axis is not None:
+                wrong["another number of channels"] = torch.cat([x, x], axis)
         for what, value in wrong.items():
             try:
                 model(*(value if j == i else g for j, g in enumerate(good)))

@@ -43,14 +43,17 @@ class Feature:
 class Tap(nn.Module):
     """An identity, placed where features are born; a lens or method can read or replace them there.
 
-    layout: "tokens" for [batch, tokens, channels], "map" for [batch, channels, *grid], "grid" for [batch, *grid, channels].
+    layout: "tokens" for [batch, tokens, channels], "map" for [batch, channels, *grid], "grid" for [batch, *grid, channels], "ragged" for
+    [tokens of all samples, channels], sorted by sample: call it with `index=` (int64 [tokens], each one's sample) and `batch=`; the
+    Feature then
+    has each sample's tokens first and zeros after them, and a bool `mask` [batch, tokens] in its geometry.
     Call as `x = self.tap(x, grid=(h, w))`; a map or grid layout needs no grid. `batch=` folds leading windows back: give it where x's
     first dimension is batch * something, and the something becomes more tokens. It costs nothing when nobody looks.
     """
 
     def __init__(self, layout: str = "tokens", prefix: int = 0):
         super().__init__()
-        if layout not in ("tokens", "map", "grid"):
+        if layout not in ("tokens", "map", "grid", "ragged"):
             raise ValueError(f"layout {layout!r}")
         self.layout, self.prefix = layout, prefix
         self.watch: Callable[[Feature], Feature | None] | None = None
@@ -58,6 +61,8 @@ class Tap(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, ...] | None = None, batch: int | None = None, **geometry: Any) -> Tensor:
         if self.watch is None:
             return x
+        if self.layout == "ragged":
+            return self._ragged(x, batch, **geometry)
         tokens = x
         if self.layout == "map":
             grid, tokens = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)
@@ -73,6 +78,15 @@ class Tap(nn.Module):
         if self.layout == "map":
             return edited.tokens.transpose(1, 2).reshape(x.shape)
         return edited.tokens.reshape(x.shape)
+
+    def _ragged(self, x: Tensor, batch: int | None, index: Tensor, **geometry: Any) -> Tensor:
+        assert self.watch is not None
+        counts = torch.bincount(index, minlength=batch or 0)
+        mask = torch.arange(int(counts.max()), device=x.device) < counts[:, None]  # b n
+        tokens = x.new_zeros(*mask.shape, x.shape[-1])
+        tokens[mask] = x
+        edited = self.watch(Feature(tokens, None, self.prefix, {**geometry, "mask": mask}))
+        return x if edited is None else edited.tokens[mask]
 
 
 class Features(dict[str, Feature]):

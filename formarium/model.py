@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +57,8 @@ class Model(nn.Module):
     """
 
     task: ClassVar[str]
+    # per input of `forward`, the axis whose size the network fixes (None: none), for the conformance suite's wrong inputs
+    channel_axes: ClassVar[tuple[int | None, ...]] = (1,)
     # whether an exported graph can leave height and width open: True for any, a number for multiples of it
     dynamic_size: bool | int = False
 
@@ -83,6 +85,17 @@ class Model(nn.Module):
     def training_stages(self) -> Sequence[Stage]:
         """How it trains; by default one stage that moves every parameter by `loss`."""
         return (Stage(),)
+
+    def study(self, data: Any) -> None:
+        """What is found out from the training data before the weights are trained: shapelets, statistics, class priors. `fit` calls it
+        once,
+        with the task's Data; what it finds goes into buffers, and what decides shapes into `self.config` (by `reconfigure`), so that the
+        saved
+        model is whole. It must find the same from the same data."""
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Called after each optimiser step, the `step`-th (from 1) of `steps`: for averaged teachers, schedules, codebooks that are
+        revived."""
 
     def no_weight_decay(self) -> set[str]:
         """Globs of parameters that weight decay leaves alone, beyond the vectors and biases it never touches."""
@@ -113,6 +126,10 @@ class Model(nn.Module):
     def adopt(self, card: Card, variant: str, preprocessing: Mapping[str, Any]) -> None:
         """Remember which card and variant this model is; tasks' base classes take their preprocessing from here."""
         self.card, self.variant, self.preprocessing = card, variant, dict(preprocessing)
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change the Config to what `study` found, e.g. how many shapelets there are; the caller rebuilds what depends on it."""
+        self.config = replace(self.config, **changes)
 
     @property
     def device(self) -> torch.device:

@@ -201,7 +201,7 @@ def leaderboard(result: Any) -> None:
             rows.append(["-", r["variant"], "failed", "", "", "", "", r["error"][:60]])
             continue
         low, high = r["intervals"].get(metric, (0, 0))
-        above = "above" if r["beats_baseline"] else "not above"
+        above = "better" if r["beats_baseline"] else "not better"
         rows.append([r["rank"], r["variant"], f"{r['metrics'][metric]:.4f}", f"{low:.3f}-{high:.3f}", f"{r['latency_ms']:.2f}",
                      f"{r['throughput']:.0f}", count(r["parameters"]), above])  # fmt: skip
     table(["#", "candidate", metric, "95% interval", "latency ms", "samples/s", "parameters", "baseline"], rows)
@@ -290,8 +290,9 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A run directory (or a Hub repository).")],
-    paths: Annotated[list[str], typer.Argument(help="Images, folders or globs.")],
+    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs (or texts, where the model reads them).")],
     picture: Annotated[Path | None, typer.Option(help="Draw the first samples to this image.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the predictions to this folder, in the field's own formats.")] = None,
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
@@ -309,6 +310,10 @@ def predict(
     if picture is not None:
         _, prediction, batch = found[0]
         task(model.task).draw(prediction, batch, model.names).save(picture)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        written = [path for _, prediction, batch in found for path in task(model.task).write(prediction, batch, out, model.names)]
+        say(f"{len(written)} files in {out}")
     if json:
         print_json(rows)
         return
@@ -413,7 +418,7 @@ def verify(
         outcomes.append(r)
         if not json:
             word = {True: "ok  ", False: "FAIL", None: "skip"}[r.ok]
-            counted = f"{r.parameters or 0:>12,} / {r.expected_parameters or 0:,} parameters"
+            counted = f"{r.parameters:>12,} / {r.expected_parameters or 0:,} parameters" if r.parameters is not None else "a part"
             worst = f"worst {r.worst:.1e}" if r.worst is not None else ""
             print(f"{word} {r.system:14} {r.variant:32} {counted:40} {worst:15} {r.seconds:6.1f} s  {r.why}".rstrip(), flush=True)
     if json:

@@ -34,7 +34,8 @@ from formarium.engine.looking import look
 from formarium.engine.recipes import recipe_for
 from formarium.errors import BadInput, FormariumError, NoCandidates, UnknownName
 from formarium.report import page
-from formarium.task import Data, task
+from formarium.task import Data
+from formarium.task import task as task_of
 
 # The nominal machine of time budgets: two ordinary cores. A training step costs three forwards.
 NOMINAL_FLOPS, NOMINAL_BYTES, NOMINAL_OPERATION = 5e10, 4e9, 2e-5
@@ -70,7 +71,7 @@ def compare(
     workers: int = 0,
     jobs: int | None = None,
     lens: str = "sufo",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -80,7 +81,8 @@ def compare(
     small variant) or "published" (the smallest published one). budget: "20ep" epochs, "2000steps", or a time ("10m", "2h", "90s") that
     a fixed
     cost model turns into the same number of steps for all. max_params, max_latency (ms, one sample, here): limits. seeds: repeats.
-    jobs: fits at a time, each with one thread (by default one a core at micro scale, one in all otherwise).
+    batch_size: of every fit (by default the task's). jobs: fits at a time, each with one thread (by default one a core at micro scale, one
+    in all otherwise).
     lens: what looks into the winner ("" for none). say: called with a line of progress.
     Raises NoCandidates, BadInput, UnknownName, RunExists.
     """
@@ -90,6 +92,7 @@ def compare(
             return compare(given.pop("data"), **given)
     parse_budget(budget)
     chosen = candidates_for(task, systems, scale)
+    batch_size = batch_size or task_of(task).batch_size
     folder = Path(out)
     asked = {
         "data": str(data) if not isinstance(data, Data) else data.name,
@@ -358,7 +361,7 @@ def _conclude(
     evaluations: dict[str, list[Evaluation]], steps: int, epochs: float, seeds: int, seed: int, batch_size: int, lens: str,
     say: Callable[[str], None],
 ) -> Comparison:  # fmt: skip
-    task_ = task(data.task)
+    task_ = task_of(data.task)
     key, sign = task_.metric, 1 if task_.higher_is_better else -1
     rows.sort(key=lambda r: (not r["ok"], -sign * r["metrics"][key] if r["ok"] else 0, r["parameters"]))
     name, baseline = task_.baseline(data, seed)
@@ -380,11 +383,12 @@ def _conclude(
         "budget": {"asked": asked["budget"], "steps": steps, "batch_size": batch_size, "epochs": round(epochs, 3),
                    "samples": steps * batch_size},
         "metric": key,
+        "higher_is_better": task_.higher_is_better,
         "seeds": [*range(seed, seed + seeds)],
         "baseline": {"name": name, **baseline},
         "below_baseline": [r["variant"] for r in good if not r["beats_baseline"]],
         "winner": good[0]["variant"] if good else None,
-        "lead": _lead(good, evaluations, key, seed),
+        "lead": _lead(good, evaluations, key, seed, sign),
         "dropped": dropped,
         "candidates": rows,
         "machine": machine(),
@@ -395,7 +399,7 @@ def _conclude(
         best = evaluations[good[0]["variant"]][0]
         section.curves = {r["variant"]: [*runs.read_metrics(folder / r["run"] / runs.METRICS)] for r in good}
         section.figures |= task_.details(best.predictions, best.batches, data.names)
-        section.picture = task_.draw(*_examples(best), data.names)
+        section.picture = task_.draw(*task_.examples(best.predictions, best.batches), data.names)
         if lens:
             say(f"looking into {good[0]['variant']} with {lens}")
             section.look = _look(winner, lens, data, {r["variant"]: folder / r["run"] for r in good[1:3]})
@@ -405,30 +409,20 @@ def _conclude(
     return comparison
 
 
-def _lead(good: list[dict[str, Any]], evaluations: dict[str, list[Evaluation]], key: str, seed: int) -> dict[str, Any] | None:
+def _lead(good: list[dict[str, Any]], evaluations: dict[str, list[Evaluation]], key: str, seed: int, sign: int) -> dict[str, Any] | None:
     """The winner against the runner-up on the same held-out samples, by paired bootstrap."""
     if len(good) < 2 or key not in evaluations[good[0]["variant"]][0].per_sample:
         return None
     first, second = (np.mean([e.per_sample[key] for e in evaluations[r["variant"]]], axis=0) for r in good[:2])
-    differences = resampled_means((first - second)[None], 2000, seed)[0]
+    differences = resampled_means(sign * (first - second)[None], 2000, seed)[0]
     low, high = np.quantile(differences, [0.025, 0.975])
     return {
         "over": good[1]["variant"],
-        "difference": float((first - second).mean()),
+        "difference": float(sign * (first - second).mean()),
         "low": float(low),
         "high": float(high),
         "clear": bool(low > 0),
     }
-
-
-def _examples(best: Evaluation, most: int = 16) -> tuple[Any, dict[str, Any]]:
-    """Samples to show: spread over the split, with up to six mistakes among them."""
-    size = {k: torch.cat([getattr(p, k) for p in best.predictions]) for k in best.predictions[0]._fields}
-    batch = {k: torch.cat([b[k] for b in best.batches]) for k in best.batches[0] if torch.is_tensor(best.batches[0][k])}
-    wrong = (size["label"] != batch["label"]).nonzero().flatten()[:6].tolist() if "label" in batch else []
-    spread = np.linspace(0, len(batch["label"]) - 1, most * 2).astype(int).tolist()
-    chosen = [*dict.fromkeys([i for i in spread if i not in wrong][: most - len(wrong)] + wrong)]
-    return type(best.predictions[0])(**{k: v[chosen] for k, v in size.items()}), {k: v[chosen] for k, v in batch.items()}
 
 
 def _look(winner: runs.Run, lens: str, data: Data, others: Mapping[str, Path]) -> Any:
@@ -447,14 +441,20 @@ def _look(winner: runs.Run, lens: str, data: Data, others: Mapping[str, Path]) -
 
 
 def fingerprint(data: Data) -> str:
-    """A hash of what the data holds: sample names and labels of every split, and the pixels of up to 64 samples of each."""
+    """A hash of what the data holds: sample names and labels of every split, and the arrays of up to 64 samples of each."""
     h = hashlib.sha256()
     for split, dataset in sorted(data.splits.items()):
         h.update(f"{split}{len(dataset)}".encode())
         for i in np.linspace(0, len(dataset) - 1, min(64, len(dataset))).astype(int):
             sample = dataset[int(i)]
-            h.update(str(sample.get("id")).encode() + str(sample.get("label")).encode())
-            h.update(np.ascontiguousarray(sample["image"]).tobytes() if "image" in sample else b"")
+            for key in sorted(sample):
+                value = sample[key]
+                if hasattr(value, "tobytes"):
+                    h.update(f"{key}{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+                elif torch.is_tensor(value):
+                    h.update(f"{key}{value.dtype}{[*value.shape]}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
+                else:
+                    h.update(f"{key}{value}".encode())
     return h.hexdigest()[:16]
 
 
@@ -500,7 +500,7 @@ def demo(out: str | Path = "runs/demo", *, overwrite: bool = False, resume: bool
          progress: bool | None = None, say: Callable[[str], None] = lambda text: None) -> list[Comparison]:  # fmt: skip
     """The main job on the sample data: every image backbone's micro variant, on handwritten digits and on textures, one report."""
     folder = Path(out)
-    samples = task("image-classification").samples
+    samples = task_of("image-classification").samples
     _claim(folder, resume, overwrite, {"demo": [*samples], "budget": budget, "seed": seed})
     comparisons = []
     for name in samples:

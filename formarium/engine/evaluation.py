@@ -82,7 +82,7 @@ def predict_all(
 ) -> tuple[list[Any], list[Batch]]:
     """Predictions and batches (see Evaluation) over a whole dataset, on the CPU. Raises BadInput for a sample that can't be read."""
     predictions, batches, kept = [], [], 0
-    scored = getattr(task(model.task), "scored", None)
+    scored = task(model.task).scored
     for _, prediction, batch in predicting(model, dataset, batch_size=batch_size, precision=precision, workers=workers, seed=seed):
         if isinstance(batch, FormariumError):
             raise batch

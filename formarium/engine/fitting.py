@@ -217,6 +217,7 @@ class Trainer:
         except Diverged as e:
             raise Diverged(f"{e}; {self.journal.last_checkpoint}") from None
         self.step += 1
+        self.network.after_step(self.step, self.steps)
         if self.averaged:
             self.averaged.update(self.network, self.step)
         return terms

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
 from formarium.engine.evaluation import predicting
 from formarium.engine.loader import Batch
 from formarium.engine.runs import Run, as_model
 from formarium.errors import BadInput, FormariumError
 from formarium.model import Model
-from formarium.task import Dataset, Sample, task
+from formarium.task import Dataset, task
 
 Rows = list[dict[str, Any]]
 
@@ -86,55 +82,23 @@ def _unreadable(errors: Mapping[int, FormariumError]) -> BadInput:
 
 
 def as_dataset(inputs: Any, task_name: str) -> Dataset:
-    """Unlabelled samples from paths, arrays, tensors, raw samples or a Dataset. Raises BadInput for anything else, or nothing."""
+    """Unlabelled samples from paths, values in memory (what the task takes: arrays, tensors, ...), raw samples or a Dataset.
+
+    Raises BadInput for anything else, or nothing.
+    """
+    task_ = task(task_name)
     if isinstance(inputs, (str, Path)):
-        return task(task_name).inputs([inputs])
-    if _is_array(inputs) and inputs.ndim == 4:
-        inputs = [*inputs]
-    elif isinstance(inputs, Mapping) or _is_one_image(inputs):
+        return task_.inputs([inputs])
+    if task_.is_single(inputs):
         inputs = [inputs]
     if hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
         inputs = [*inputs]
     if not (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")):
-        raise BadInput("inputs", expected="paths, images, arrays or tensors", got=type(inputs).__name__)
+        raise BadInput("inputs", expected="paths, or samples in memory", got=type(inputs).__name__)
     if not len(inputs):
         raise BadInput("inputs", expected="at least one", got="none")
-    if type(inputs) not in (list, tuple):  # a Dataset
+    if type(inputs) not in (list, tuple) and not hasattr(inputs, "dtype"):  # a Dataset
         return inputs
     if all(isinstance(x, (str, Path)) for x in inputs):
-        return task(task_name).inputs(inputs)
-    return [_sample(x, i) for i, x in enumerate(inputs)]
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (np.ndarray, torch.Tensor))
-
-
-def _is_one_image(x: Any) -> bool:
-    return _is_array(x) or isinstance(x, Image.Image)
-
-
-def _sample(x: Any, i: int) -> Sample:
-    """A raw sample of an image in memory; 8 bits a channel, as files have them."""
-    if isinstance(x, Mapping):
-        return {"id": f"input {i}", **x}
-    if not _is_one_image(x):
-        raise BadInput(f"input {i}", expected="an image, an array or a tensor", got=type(x).__name__)
-    if isinstance(x, Image.Image):
-        x = np.asarray(x.convert("RGB"))
-    if isinstance(x, torch.Tensor):
-        x = x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu()
-        x = (x.movedim(0, -1) if x.ndim == 3 else x).numpy()
-    if x.ndim == 2:
-        x = x[..., None]
-    if x.ndim != 3 or x.shape[2] not in (1, 3) or not x.size:
-        raise BadInput(f"input {i}", expected="an image with 1 or 3 channels", got=f"{x.dtype} {[*x.shape]}")
-    if np.issubdtype(x.dtype, np.floating):
-        if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-            raise BadInput(f"input {i}", expected="values in [0, 1]", got=f"{x.min():.3g} to {x.max():.3g}")
-        x = (x * 255).round()
-    elif x.dtype == np.uint16:
-        x = (x / 257).round()
-    elif x.dtype != np.uint8:
-        raise BadInput(f"input {i}", expected="uint8, uint16 or float values", got=str(x.dtype))
-    return {"id": f"input {i}", "image": np.repeat(x, 3 // x.shape[2], axis=2).astype(np.uint8)}
+        return task_.inputs(inputs)
+    return [task_.from_memory(x, i) for i, x in enumerate(inputs)]

@@ -50,6 +50,7 @@ def prepare(
     else:
         network = create(name, **args) if start is None else _continued(start, args)
     must_fit(network, found)
+    network.study(found)
     network.names = [*found.names]
     network.fitted_on = {"name": found.name, **found.source}  # type: ignore[assignment]
     return network, found, chosen

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 
 import formarium
-from formarium.catalogue import cards, create, make_config, system_class
+from formarium.catalogue import cards, create, freeze, make_config, system_class
 from formarium.errors import BadCheckpoint, BadInput, FormariumError, RunExists, UnknownName
 from formarium.model import Model
 from formarium.task import Data, task
@@ -396,5 +396,5 @@ def must_fit(model: Model, data: Data) -> None:
     """Raises BadInput where the model's config isn't what the data asks for (another number of classes)."""
     for key, value in data.model_args.items():
         own = getattr(model.config, key, value)
-        if own != value:
+        if freeze(own) != freeze(value):
             raise BadInput(f"{model.variant} on {data.name}", expected=f"{key} = {value}, as the data has", got=f"a model with {own}")

@@ -21,15 +21,16 @@ def colors(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(sorted(r["variant"] for r in rows))}
 
 
-def pareto(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+def pareto(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool = True) -> Figure:
     """Score against latency, one point a candidate with its interval; the line joins those that no other beats in both."""
     good = [r for r in rows if r["ok"] and r.get("latency_ms")]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes, tint = figure.subplots(), colors(rows)
-    best, front = -1.0, []
-    for r in sorted(good, key=lambda r: (r["latency_ms"], -r["metrics"][metric])):
-        if r["metrics"][metric] > best:
-            best = r["metrics"][metric]
+    sign = 1 if higher_is_better else -1
+    best, front = float("-inf"), []
+    for r in sorted(good, key=lambda r: (r["latency_ms"], -sign * r["metrics"][metric])):
+        if sign * r["metrics"][metric] > best:
+            best = sign * r["metrics"][metric]
             front.append(r)
     axes.plot([r["latency_ms"] for r in front], [r["metrics"][metric] for r in front], color="#9ca3af", lw=1.2, zorder=1)
     for r in good:

@@ -55,7 +55,7 @@ def _section(s: Section, beside: Path) -> dict[str, Any]:
     r = s.results
     rows, metric = r["candidates"], r["metric"]
     good = [row for row in rows if row["ok"]]
-    drawn: dict[str, Figure] = {f"{metric} against latency": figures.pareto(rows, metric)} if good else {}
+    drawn: dict[str, Figure] = {f"{metric} against latency": figures.pareto(rows, metric, r.get("higher_is_better", True))} if good else {}
     drawn |= s.figures
     curves = figures.learning_curves(s.curves, metric, rows) if good else None
     return {
@@ -91,14 +91,16 @@ def verdict(r: Mapping[str, Any]) -> list[str]:
     span = f" (95% interval {low:.3f} to {high:.3f})" if low is not None else ""
     said = [f"{best['variant']} comes first: {metric} {best['metrics'][metric]:.3f}{span}, {best['latency_ms']:.1f} ms a sample."]
     if lead := r.get("lead"):
-        span = f"{lead['low'] * 100:+.1f} to {lead['high'] * 100:+.1f}"
+        points = metric == "accuracy"
+        gained, low, high = (f"{lead[k] * 100:+.1f}" if points else f"{lead[k]:+.3g}" for k in ("difference", "low", "high"))
+        span = f"{low} to {high}"
         how = "a clear lead" if lead["clear"] else "within the noise of this held-out set"
-        said.append(f"It is {lead['difference'] * 100:+.1f} points ahead of {lead['over']}: {how} ({span}).")
+        said.append(f"It is {gained}{' points' if points else ''} ahead of {lead['over']}: {how} ({span}).")
     base = r["baseline"]
     under = r["below_baseline"]
     said.append(
         f"{base['name'].capitalize()} reaches {base[metric]:.3f}; "
-        + (f"not above it: {', '.join(under)}." if under else "every candidate is above it.")
+        + (f"not better: {', '.join(under)}." if under else "every candidate is better.")
     )
     failed = [row["variant"] for row in r["candidates"] if not row["ok"]]
     if failed:

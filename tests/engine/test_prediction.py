@@ -53,7 +53,7 @@ def test_grey_and_odd_sizes_are_fine(model):
     ("inputs", "said"),
     [
         ([], "at least one"),
-        (3, "paths, images, arrays or tensors"),
+        (3, "paths, or samples in memory"),
         ([np.zeros((4, 4, 7), np.uint8)], r"1 or 3 channels, got uint8 \[4, 4, 7\]"),
         ([np.zeros((0, 4, 3), np.uint8)], r"\[0, 4, 3\]"),
         ([np.zeros((4, 4, 3), np.int64)], "int64"),

@@ -11,7 +11,7 @@ from torch import nn
 from formarium.cards import Card, Variant
 from formarium.lens import Lens, Report
 from formarium.model import Losses, Model, Stage, Turn
-from formarium.task import Data
+from formarium.task import Data, Task
 
 
 class Points(list):
@@ -32,7 +32,7 @@ class Guess(NamedTuple):
     noise: torch.Tensor
 
 
-class ToyTask:
+class ToyTask(Task):
     name, metric, higher_is_better, samples = "toy", "error", False, ("points",)
     recipe_keys = ("jitter", "swap")
     published_defaults = demo_defaults = MappingProxyType({"jitter": 0.1})

@@ -45,7 +45,7 @@ def test_a_comparison_page_stands_alone_and_escapes_what_people_name(tmp_path):
 def test_the_verdict_in_sentences():
     said = " ".join(page.verdict(results([row("a", 0.9, 2.0), row("b", 0.75, 1.0), row("c", 0, 0, ok=False)])))
     assert "a comes first: accuracy 0.900 (95% interval 0.880 to 0.920)" in said and "within the noise" in said
-    assert "not above it: b" in said and "Failed: c" in said
+    assert "not better: b" in said and "Failed: c" in said
     assert page.verdict(results([row("c", 0, 0, ok=False)])) == ["No candidate could be fitted; the table says why."]
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formarium.task import BatchTransform, Data, Dataset, Sample, Transform
+from formarium.task import BatchTransform, Data, Dataset, Sample, Task, Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,15 +21,16 @@ def _at(module: str) -> Any:
     return import_module(f"formarium.tasks.image_classification.{module}")
 
 
-class ImageClassification:
+class ImageClassification(Task):
     """The task object; see formarium.task.Task for what each method promises."""
 
     name = "image-classification"
     metric = "accuracy"
     higher_is_better = True
+    scored = ("label", "id")
     samples = ("digits", "textures")
     recipe_keys = (
-        *("crop_scale", "crop_ratio", "hflip", "shift", "randaugment", "color_jitter", "random_erasing", "repeated_augmentation"),
+        *("crop_scale", "crop_ratio", "hflip", "shift", "randaugment", "color_jitter", "random_erasing"),
         *("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "label_smoothing"),
     )
     published_defaults: Mapping[str, Any] = {"crop_scale": (0.08, 1.0), "hflip": 0.5}  # what every ImageNet recipe does without saying
@@ -43,6 +44,12 @@ class ImageClassification:
 
     def inputs(self, paths: Sequence[str | Path]) -> Dataset:
         return _at("data").inputs(paths)
+
+    def from_memory(self, value: Any, index: int) -> Sample:
+        return _at("data").from_memory(value, index)
+
+    def is_single(self, value: Any) -> bool:
+        return _at("data").is_single(value)
 
     def transform(self, preprocessing: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> Transform:
         return _at("augment").Prepare(preprocessing, recipe)
@@ -61,6 +68,9 @@ class ImageClassification:
 
     def baseline(self, data: Data, seed: int = 0) -> tuple[str, dict[str, float]]:
         return _at("metrics").baseline(data, seed)
+
+    def examples(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> tuple[Any, Mapping[str, Any]]:
+        return _at("draw").examples(predictions, batches)
 
     def draw(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = ()) -> Image:
         return _at("draw").draw(prediction, batch, names)

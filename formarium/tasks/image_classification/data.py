@@ -280,3 +280,37 @@ def _what_is_there(root: Path, ignored: Sequence[str]) -> str:
         return f"{len(ignored)} images but no class folders"
     count = sum(1 for p in root.rglob("*") if p.is_file())
     return f"{count} other files" if count else "an empty folder"
+
+
+def is_single(value: Any) -> bool:
+    """Whether a value in memory is one image, rather than several."""
+    return isinstance(value, (Mapping, Image.Image)) or (hasattr(value, "dtype") and hasattr(value, "ndim") and value.ndim != 4)
+
+
+def from_memory(value: Any, index: int) -> Sample:
+    """A raw sample of an image in memory (or of a sample as a dict); 8 bits a channel, as files have them."""
+    import torch
+
+    name, x = f"input {index}", value
+    if isinstance(x, Mapping):
+        return {"id": name, **x}
+    if isinstance(x, Image.Image):
+        x = to_rgb(x)
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu()
+        x = (x.movedim(0, -1) if x.ndim == 3 else x).numpy()
+    if not isinstance(x, np.ndarray):
+        raise BadInput(name, expected="an image, an array or a tensor", got=type(value).__name__)
+    if x.ndim == 2:
+        x = x[..., None]
+    if x.ndim != 3 or x.shape[2] not in (1, 3) or not x.size:
+        raise BadInput(name, expected="an image with 1 or 3 channels", got=f"{x.dtype} {[*x.shape]}")
+    if np.issubdtype(x.dtype, np.floating):
+        if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+            raise BadInput(name, expected="values in [0, 1]", got=f"{x.min():.3g} to {x.max():.3g}")
+        x = (x * 255).round()
+    elif x.dtype == np.uint16:
+        x = (x / 257).round()
+    elif x.dtype != np.uint8:
+        raise BadInput(name, expected="uint8, uint16 or float values", got=str(x.dtype))
+    return {"id": name, "image": np.repeat(x, 3 // x.shape[2], axis=2).astype(np.uint8)}

@@ -86,3 +86,15 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     return figure
+
+
+def examples(predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]], most: int = 16) -> tuple[Any, dict[str, Any]]:
+    """Samples to show: spread over the split, with up to six mistakes among them. Only batches that still hold their images count."""
+    held = [i for i, b in enumerate(batches) if "image" in b]
+    said = [torch.cat([getattr(predictions[i], k) for i in held]) for k in predictions[0]._fields]
+    batch = {k: torch.cat([batches[i][k] for i in held]) for k in batches[held[0]] if torch.is_tensor(batches[held[0]][k])}
+    seen = type(predictions[0])(*said)
+    wrong = (seen.label != batch["label"]).nonzero().flatten()[:6].tolist() if "label" in batch else []
+    spread = np.linspace(0, len(seen.label) - 1, most * 2).astype(int).tolist()
+    chosen = [*dict.fromkeys([i for i in spread if i not in wrong][: most - len(wrong)] + wrong)]
+    return type(seen)(*(v[chosen] for v in said)), {k: v[chosen] for k, v in batch.items()}

@@ -1,0 +1,1 @@
+"""Methods: each changes a model, or how it trains."""
