@@ -82,8 +82,8 @@ def outlier_report(model: nn.Module, data: Inputs, threshold: float, before: nn.
         numbers["agreement"] = agreement(outputs, watch_inputs(before, batches, threshold)[1])
         near = numbers["agreement"]
         findings.append(
-            f"Its outputs differ from those in floating point by {near['relative']:.2%} (root mean square); the lowest cosine of a sample's "
-            f"output is {near['cosine_min']:.5f}, the mean {near['cosine_mean']:.5f}."
+            f"Its outputs differ from those in floating point by {near['relative']:.2%} (root mean square); the lowest cosine of "
+            f"a sample's output is {near['cosine_min']:.5f}, the mean {near['cosine_mean']:.5f}."
         )
     tables = [
         Table(["layer", "outlier features", "of", "largest magnitude", "of feature", "share of tokens"],
@@ -107,12 +107,11 @@ def _words(numbers: Mapping[str, Any], layers: int, touched: int) -> list[str]:
         named = ", ".join(f"{f['feature']} (up to {f['magnitude']:g}, in {f['layers']:.0%} of the layers)" for f in features[:6])
         out.append(f"Outlier features of the {numbers['width']} wide layers: {named}.")
     if numbers["systematic"]:
-        out.append(
-            f"Systematic by the paper's definition (a quarter of the layers, 6% of the tokens): {', '.join(map(str, numbers['systematic']))}."
-        )
+        systematic = ", ".join(map(str, numbers["systematic"]))
+        out.append(f"Systematic by the paper's definition (a quarter of the layers, 6% of the tokens): {systematic}.")
     else:
         out.append(
-            "None is systematic by the paper's definition (a quarter of the layers, 6% of the tokens): expected below some 6.7 billion weights."
+            "None is systematic by the paper's definition (a quarter of the layers, 6% of the tokens): so below some 6.7 billion weights."
         )
     return out
 
@@ -152,7 +151,7 @@ def _hooks(model: nn.Module, found: dict[str, Layer], threshold: float, mask: li
 
         return see
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Int8Linear))]
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in model.systematicmodules() if isinstance(m, (nn.Linear, Int8Linear))]
     try:
         yield
     finally:
