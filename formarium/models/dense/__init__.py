@@ -1,0 +1,1 @@
+"""Dense prediction: detection and segmentation of images."""

@@ -1,0 +1,1 @@
+"""Image restoration: super-resolution, denoising, artefact removal, deblurring."""
