@@ -1,0 +1,1 @@
+"""Systems whose input is a cloud of points."""
