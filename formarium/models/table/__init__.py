@@ -1,0 +1,1 @@
+"""Models of tables: rows of numbers and categories."""
