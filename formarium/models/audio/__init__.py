@@ -1,0 +1,1 @@
+"""Models that take sound: recognition, separation, super-resolution."""
