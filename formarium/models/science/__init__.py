@@ -1,0 +1,1 @@
+"""Models of science: operators, equations, meshes, spectra."""

@@ -1,0 +1,1 @@
+"""Models of text: reading it from images, generating it, understanding it."""
