@@ -94,6 +94,18 @@ def system_class(c: Card) -> Any:
     return getattr(import_module(c.module), c.class_name)
 
 
+def model_class(c: Card) -> Any:
+    """The class of the models a card's variants name: the system itself, or what its method makes (`Method.network`).
+
+    Raises BadInput for a lens, or a method that changes models in place.
+    """
+    cls = system_class(c)
+    made = cls if c.kind == "model" else getattr(cls, "network", None)
+    if made is None:
+        raise BadInput(c.slug, expected="a model", got=f"a {c.kind}", fix=f"import it: from {c.module} import {c.class_name}")
+    return made
+
+
 def create(name: str, **overrides: Any) -> Model:
     """A model by its published name, with Config fields to override.
 
@@ -103,9 +115,7 @@ def create(name: str, **overrides: Any) -> Model:
     Raises UnknownName for a name nothing carries, BadInput for a field the Config doesn't have.
     """
     c, variant = resolve(name)
-    if c.kind != "model":
-        raise BadInput(name, expected="a model", got=f"a {c.kind}", fix=f"import it: from {c.module} import {c.class_name}")
-    cls = system_class(c)
+    cls = model_class(c)
     known = {f.name for f in fields(cls.Config)}
     for key in overrides:
         if key not in known:

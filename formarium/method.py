@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from formarium.model import Model
@@ -14,6 +14,8 @@ class Method:
     `needs(model)` gives a sentence saying why this method can't change that model, or "" where it can. A method that trains returns a
     model whose `training_stages()` say how; the engine's `fit` then runs them like any other model's.
     """
+
+    network: ClassVar[type[Model] | None] = None  # the class of what it makes, where that is no longer the model's own
 
     def needs(self, model: Model) -> str:
         return ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from formarium.catalogue import create, resolve, system_class
+from formarium.catalogue import create, model_class, resolve
 from formarium.engine import runs
 from formarium.engine.evaluation import split_of
 from formarium.engine.recipes import Recipe, make_recipe, recipe_for
@@ -28,8 +28,6 @@ def prepare(
         raise BadInput("model", expected="one made by formarium.create", got=type(start.model).__name__)
     card, variant = resolve(name) if start is None else (start.model.card, start.model.card.variants.get(start.model.variant))  # type: ignore[union-attr]
     assert card is not None
-    if card.kind != "model":
-        raise BadInput(name, expected="a model", got=f"a {card.kind}")
     overrides = {k: v for k, v in overrides.items() if v is not None}
     if isinstance(recipe, Recipe):
         chosen = make_recipe({**recipe.as_dict(), **overrides}, card.task)
@@ -39,7 +37,7 @@ def prepare(
     found = as_data(data, card.task) if start is None else data_for(start.model, data)
     for split in ("train", "val"):
         split_of(found, split)
-    fields = system_class(card).Config.__dataclass_fields__
+    fields = model_class(card).Config.__dataclass_fields__
     args = {k: v for k, v in found.model_args.items() if k in fields}
     if chosen.drop_path is not None and "drop_path" in fields:
         args["drop_path"] = chosen.drop_path

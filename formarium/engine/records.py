@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from formarium.authors import authors_of, load_state
-from formarium.catalogue import cards, make_config, resolve, system_class
+from formarium.catalogue import cards, make_config, model_class, resolve
 from formarium.errors import BadInput, FormariumError, UnknownName
 
 TOLERANCE = 1e-4  # of the output's absmax, float32
@@ -189,7 +189,7 @@ def build(record: Record) -> Any:
     except UnknownName:
         variant, base = next(iter(card.variants.values())), {}
     values = {**base, **authors.config(dict(header["reference"]["constructor"]), header)}
-    cls = system_class(card)
+    cls = model_class(card)
     with torch.random.fork_rng(devices=[]):
         model = cls(make_config(cls.Config, values))
     model.adopt(card, header["variant"], card.preprocessing_of(variant))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 
 import formarium
-from formarium.catalogue import cards, create, freeze, make_config, system_class
+from formarium.catalogue import cards, create, freeze, make_config, model_class
 from formarium.errors import BadCheckpoint, BadInput, FormariumError, RunExists, UnknownName
 from formarium.model import Model
 from formarium.task import Data, task
@@ -256,7 +256,7 @@ def build(config: Mapping[str, Any], **changes: Any) -> Model:
     if config.get("system") not in cards():
         raise UnknownName("system", str(config.get("system")), cards())
     card = cards()[config["system"]]
-    cls = system_class(card)
+    cls = model_class(card)
     try:
         model: Model = cls(make_config(cls.Config, {**config["config"], **changes}))
     except (TypeError, KeyError) as e:
