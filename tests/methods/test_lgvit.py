@@ -20,6 +20,7 @@ from formarium.methods.lgvit import (
     sparse,
     speed_accuracy,
 )
+from formarium.task import task
 
 RECORDS = sorted((Path(__file__).parent.parent / "parity" / "lgvit").glob("*.safetensors"))
 
