@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
 from formarium.cards import Card
 from formarium.catalogue import cards
+from formarium.task import TASKS, task
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- systems: made by docs/pages.py -->", "<!-- /systems -->"
@@ -18,6 +20,7 @@ START, END = "<!-- systems: made by docs/pages.py -->", "<!-- /systems -->"
 def on_files(files, config):
     """mkdocs hook: add the pages of the cards."""
     files.append(File.generated(config, "systems/index.md", content="# Systems\n\n" + table("")))
+    files.append(File.generated(config, "tasks.md", content=tasks()))
     for card in cards().values():
         files.append(File.generated(config, f"systems/{card.slug}.md", content=page(card)))
     return files
@@ -33,6 +36,23 @@ def table(prefix: str = "systems/", linked: bool = True) -> str:
         name = f"[`{c.slug}`]({prefix}{c.slug}.md)" if linked else f"`{c.slug}`"
         rows.append(f"| {name} | {c.kind} | {c.task.replace('-', ' ')} | {c.title} ({c.paper.get('venue', '')}) | {len(c.published)} |")
     return "\n".join(rows) + "\n"
+
+
+def tasks() -> str:
+    """The page of the tasks: what each reads and predicts, in the words of its package, with its metric and sample data."""
+    parts = ["# Tasks", "What rivals share. `formarium fit VARIANT DATA` and `compare DATA --task TASK` take a path or `sample:NAME`."]
+    for name, module in TASKS.items():
+        own, text = task(name), (import_module(module).__doc__ or "").strip()
+        head, _, rest = text.partition("\n")
+        systems = ", ".join(f"[`{c.slug}`](systems/{c.slug}.md)" for c in cards().values() if c.task == name)
+        keys = f" Recipe keys of its own: {', '.join(f'`{k}`' for k in own.recipe_keys)}." if own.recipe_keys else ""
+        parts += [
+            f"## {name}",
+            f"{head}  \n{' '.join(rest.split())}",
+            f"Metric: `{own.metric}`, {'higher' if own.higher_is_better else 'lower'} is better. "
+            f"Sample data: {', '.join(f'`sample:{s}`' for s in own.samples)}.{keys} Systems: {systems}.",
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 def page(card: Card) -> str:
@@ -68,11 +88,14 @@ def example(card: Card) -> str:
     if "example" in card.demo:
         return str(card.demo["example"]).strip()
     first = next(iter(card.published), f"{card.slug}_micro")
+    images = card.task == "image-classification"
+    name = str(card.demo.get("data", task(card.task).samples[0])).removeprefix("sample:")
+    classes, own, steps = (", num_classes=10", ": class/name.jpg", ", steps=20") if images else ("", "", "")
     return (
         "import formarium\n\n"
-        f'model = formarium.create("{first}", num_classes=10)          # .load_authors("checkpoint.pth") for released weights\n'
-        f'run = formarium.fit("{card.slug}_micro", "sample:digits", steps=20)   # or a folder of your own: class/name.jpg\n'
-        'print(formarium.evaluate(run, "sample:digits").metrics)'
+        f'model = formarium.create("{first}"{classes})          # .load_authors("checkpoint.pth") for released weights\n'
+        f'run = formarium.fit("{card.slug}_micro", "sample:{name}"{steps})   # or data of your own{own}\n'
+        f'print(formarium.evaluate(run, "sample:{name}").metrics)'
     )
 
 

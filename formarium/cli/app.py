@@ -141,7 +141,8 @@ def show(name: Annotated[str, typer.Argument(help="A system or one of its varian
     )  # fmt: skip
     first = next(iter(card.variants), "")
     if card.kind == "model":
-        print(f'\nUse: formarium.create("{first}", num_classes=10); formarium fit {card.slug}_micro FOLDER --out runs/{card.slug}')
+        classes = ", num_classes=10" if card.task == "image-classification" else ""
+        print(f'\nUse: formarium.create("{first}"{classes}); formarium fit {card.slug}_micro DATA --out runs/{card.slug}')
     else:
         print(f"\nUse: from {card.module} import {card.class_name}")
     for label, values in (("Published recipe", card.recipe), ("Demo recipe", card.demo)):

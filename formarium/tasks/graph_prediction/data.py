@@ -248,7 +248,7 @@ def _load_pt(path: Path) -> list[Any]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         if not safe and "torch_geometric" in str(e):
-            raise MissingExtra("torch_geometric", "graphs") from None
+            raise MissingExtra("torch_geometric", "graph") from None
         reason = str(e).split("\n")[0][:160]
         raise BadInput(str(path), expected="PyG Data or dicts of tensors, safely saved", got=f"{type(e).__name__}: {reason}") from None
     if isinstance(found, tuple) and len(found) >= 2 and isinstance(found[1], Mapping):  # InMemoryDataset.save: one Data and its slices

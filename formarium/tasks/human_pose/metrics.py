@@ -14,7 +14,7 @@ import torch
 from formarium.errors import BadInput
 from formarium.task import Data
 from formarium.tasks.human_pose.joints import JOINTS, SIGMAS
-from formarium.tasks.object_detection.coco import result_list
+from formarium.tasks.object_detection.coco import pycocotools, result_list
 
 AP_NAMES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 
@@ -69,8 +69,8 @@ def score(predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> t
 
 def average_precision(truths: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """COCO's ten keypoint numbers, by name, of annotations and results; 0 for all where nothing was found."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    COCO = pycocotools("coco").COCO
+    COCOeval = pycocotools("cocoeval").COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()

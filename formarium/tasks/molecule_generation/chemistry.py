@@ -18,7 +18,7 @@ def rdkit() -> Any:
     try:
         from rdkit import Chem, RDLogger
     except ImportError:
-        raise MissingExtra("rdkit", "chemistry") from None
+        raise MissingExtra("rdkit", "graph") from None
     RDLogger.DisableLog("rdApp.*")
     return Chem
 

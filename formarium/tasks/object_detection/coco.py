@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from formarium.errors import BadInput
+from formarium.errors import BadInput, MissingExtra
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 
@@ -162,3 +163,11 @@ def result_list(path: Path, folder_new: list[dict[str, Any]], key: str = "image_
     old = load_json(path) if path.is_file() else []
     fresh = {r[key] for r in folder_new}
     path.write_text(json.dumps([*(r for r in old if r[key] not in fresh), *folder_new]), encoding="utf-8")
+
+
+def pycocotools(part: str) -> Any:
+    """A module of the pycocotools package. Raises MissingExtra where it isn't installed."""
+    try:
+        return import_module(f"pycocotools.{part}")
+    except ImportError:
+        raise MissingExtra("pycocotools", "detection") from None

@@ -18,7 +18,7 @@ import numpy as np
 from formarium.errors import BadInput
 from formarium.task import Data, Sample
 from formarium.tasks.image_classification import data as pictures
-from formarium.tasks.object_detection.coco import CocoFile, clip_box, few, find_files, hold_out, read_file
+from formarium.tasks.object_detection.coco import CocoFile, clip_box, few, find_files, hold_out, pycocotools, read_file
 
 MOST_CLASSES = 2000  # the largest category number that is taken as it is
 
@@ -52,7 +52,7 @@ def decode(path: str) -> np.ndarray:
 
 def draw_masks(truth: Sequence[Mapping[str, Any]], size: tuple[int, ...]) -> np.ndarray:
     """bool [objects, height, width] of annotations' segmentations (polygons or run lengths), without crowds."""
-    from pycocotools import mask
+    mask = pycocotools("mask")
 
     height, width = size[:2]
     out = []

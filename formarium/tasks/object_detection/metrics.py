@@ -15,7 +15,7 @@ from formarium.errors import BadInput
 from formarium.nn.image_boxes import iou
 from formarium.nn.mask_codes import paste_masks
 from formarium.task import Data
-from formarium.tasks.object_detection.coco import result_list
+from formarium.tasks.object_detection.coco import pycocotools, result_list
 
 NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
 
@@ -49,8 +49,8 @@ def average_precision(
     per_class: bool = False,
 ) -> dict[str, Any]:
     """COCO's numbers, by name, of annotations and results ("bbox" or "segm"). per_class: AP by category number instead."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    COCO = pycocotools("coco").COCO
+    COCOeval = pycocotools("cocoeval").COCOeval
 
     ids = {image: n for n, image in enumerate(dict.fromkeys(images), 1)}
     size = dict(zip(ids.values(), sizes, strict=False))
@@ -98,7 +98,7 @@ def results_of(prediction: Any, batch: Mapping[str, Any], masks: bool = True, le
             for (x0, y0, x1, y1), s, c in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
         ]
         if masks and prediction.masks is not None and len(entries):
-            from pycocotools import mask
+            mask = pycocotools("mask")
 
             height, width = (int(v) for v in batch["original_size"][i])
             pasted = paste_masks(prediction.masks[i][kept], boxes, height, width).numpy()

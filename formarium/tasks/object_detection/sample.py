@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from formarium.errors import UnknownName
 from formarium.task import Data
+from formarium.tasks.object_detection.coco import pycocotools
 from formarium.tasks.object_detection.data import Scenes
 
 SIDE = 64
@@ -36,7 +37,7 @@ def _shapes(seed: int) -> Data:
 
 
 def _entry(rng: np.random.Generator, number: int, name: str) -> dict[str, Any]:
-    from pycocotools import mask
+    mask = pycocotools("mask")
 
     picture, labels, masks = scene(rng)
     truth, boxes = [], []
