@@ -58,6 +58,7 @@ class Task:
     published_defaults: Mapping[str, Any] = MappingProxyType({})  # of these keys, what published recipes take for granted
     demo_defaults: Mapping[str, Any] = MappingProxyType({})  # the same for demo recipes
     scored: Sequence[str] | None = None  # the keys of a batch that `score` reads, where others are too large to keep (None: all)
+    class_key: str = "label"  # the key of a batch whose value sorts samples into classes, for lenses that ask what features know of them
     example_names: Sequence[str] = ()  # names to show a prediction with where there is no data set
 
     # data in ----------------------------------------------------------------------------------------------------------

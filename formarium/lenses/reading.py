@@ -25,8 +25,13 @@ Batch = dict[str, Any]
 # samples ------------------------------------------------------------------------------------------------------------
 
 
-def batches_of(model: Model, data: Any, samples: int = 500, batch_size: int = 64, seed: int = 0, split: str = "val") -> list[Batch]:
-    """Batches of up to `samples` labelled samples, as the model's task makes them.
+def batches_of(
+    model: Model, data: Any, samples: int = 500, batch_size: int = 64, seed: int = 0, split: str = "val", key: str | None = None
+) -> list[Batch]:
+    """Batches of up to `samples` labelled samples, as the model's task makes them, class indices under "label".
+
+    key: where a sample's class stands in a batch, by default where its task says. Strings become classes in alphabetical order (their names
+    under "label_names"), numbers with a fraction become thirds: low, middle, high.
 
     data: a Data (its `split`), a Dataset or list of raw samples, a loader or list of batches, or one batch. Of what has an index a
     random `samples` are taken, by the seed; of a loader the first ones.
@@ -44,9 +49,32 @@ def batches_of(model: Model, data: Any, samples: int = 500, batch_size: int = 64
     batches = _from_samples(model, data, samples, batch_size, seed) if raw else _first(data, samples)
     if not batches:
         raise BadInput("data", expected="labelled samples", got="none")
-    if "label" not in batches[0]:
-        raise BadInput("data", expected="samples with labels", got=f"batches of {', '.join(batches[0])}")
-    return batches
+    return _labelled(batches, key or getattr(task_of(model.task), "class_key", "label"))
+
+
+def _labelled(batches: list[Batch], key: str) -> list[Batch]:
+    if key not in batches[0]:
+        if key == "label" or "label" not in batches[0]:
+            raise BadInput("data", expected=f"samples with labels ({key})", got=f"batches of {', '.join(batches[0])}")
+        key = "label"
+    values = joined(batches, key)
+    names: list[str] = []
+    if isinstance(values, Tensor):
+        values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+        if values.ndim != 1:
+            raise BadInput(f"batch[{key!r}]", expected="one class or number a sample", got=f"{[*values.shape]}")
+        if not values.is_floating_point():
+            return batches if key == "label" else _with_labels(batches, values.long(), names)
+        edges = torch.quantile(values.double(), torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+        return _with_labels(batches, torch.bucketize(values.double(), edges), ["low", "middle", "high"])
+    names = sorted({str(v) for v in values})
+    place = {name: i for i, name in enumerate(names)}
+    return _with_labels(batches, torch.tensor([place[str(v)] for v in values]), names)
+
+
+def _with_labels(batches: list[Batch], label: Tensor, names: list[str]) -> list[Batch]:
+    parts = label.split([size_of(b) for b in batches])
+    return [{**b, "label": part, "label_names": names} for b, part in zip(batches, parts, strict=True)]
 
 
 def _indexed(data: Any) -> bool:
@@ -115,6 +143,7 @@ class Reading:
 
     layers: dict[str, Tensor]
     logits: Tensor
+    own_head: bool = True  # False where the model has no classes: the logits then are a linear probe's on its last features
 
     @property
     def predicted(self) -> Tensor:
@@ -153,7 +182,8 @@ def read(model: Model, batches: Sequence[Mapping[str, Any]], at: str | Sequence[
     with evaluating(model):
         for batch in batches:
             found = trace(model, on(model.device, batch), at=at if isinstance(at, str) else tuple(at))
-            logits.append(_logits(found.output))
+            if classifies(found.output, batch):
+                logits.append(_logits(found.output))
             for name, feature in found.items():
                 pooled.setdefault(name, []).append(feature.pooled().float().cpu())
                 if feature.prefix:
@@ -162,7 +192,53 @@ def read(model: Model, batches: Sequence[Mapping[str, Any]], at: str | Sequence[
     for name, parts in means.items():
         if torch.equal(layers[name], layers[name][:1].expand_as(layers[name])):
             layers[name] = torch.cat(parts)
+    if not logits:
+        last = [x for name, x in layers.items() if name.startswith("features")] or [*layers.values()][-1:]
+        return Reading(layers, probe_logits(torch.cat(last, 1), joined(batches, "label").numpy()), own_head=False)
     return Reading(layers, torch.cat(logits))
+
+
+def classifies(out: Any, batch: Mapping[str, Any]) -> bool:
+    """Whether a forward's output is logits of the classes that the batch's own labels count."""
+    return isinstance(out, Tensor) and out.ndim == 2 and len(out) == size_of(batch) and "label_names" not in batch
+
+
+def probe_logits(x: Tensor, label: np.ndarray, folds: int = 3) -> Tensor:
+    """What a linear probe says of each sample when it is held out, log-probabilities [n, classes]: a stand-in for a head."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    found, place = np.unique(label, return_inverse=True)
+    folds = min(folds, int(np.bincount(place).min()))
+    made = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    said = np.full((len(x), int(label.max()) + 1), 1e-9)
+    if folds >= 2 and len(found) >= 2:
+        how = StratifiedKFold(folds, shuffle=True, random_state=0)
+        said[:, found] += cross_val_predict(made, x.numpy(), label, cv=how, method="predict_proba")
+    else:
+        said[:, found] += np.bincount(place) / len(place)
+    return torch.from_numpy(np.log(said)).float()
+
+
+class ProbeHead:
+    """A linear probe of the last features in a head's place, where a model has none: `head(features [n, channels]) -> logits`."""
+
+    affine = whole = True
+
+    def __init__(self, features: Tensor, label: np.ndarray):
+        from sklearn.linear_model import LogisticRegression
+
+        self.mean, self.scale = features.double().mean(0), features.double().std(0).clamp_min(1e-6)
+        self.probe = LogisticRegression(max_iter=500).fit(((features.double() - self.mean) / self.scale).numpy(), label)
+        self.classes = int(label.max()) + 1
+
+    def __call__(self, features: Tensor) -> Tensor:
+        said = self.probe.predict_log_proba(((features.double() - self.mean) / self.scale).numpy())
+        out = torch.full((len(features), self.classes), -1e9)
+        out[:, self.probe.classes_] = torch.from_numpy(said).float()
+        return out
 
 
 def _logits(out: Any) -> Tensor:

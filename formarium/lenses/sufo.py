@@ -25,7 +25,7 @@ from formarium.lens import Lens, Report, Table
 from formarium.lenses import sufo_words as words
 from formarium.lenses.freezing import FineTune, freeze_and_tune
 from formarium.lenses.outliers import ends
-from formarium.lenses.reading import Head, Reading, batches_of, joined, layer_names, load_state, name_of, named, read
+from formarium.lenses.reading import Head, ProbeHead, Reading, batches_of, joined, layer_names, load_state, name_of, named, read
 from formarium.lenses.scores import macro_f1, probe, rounded, scores, structure
 from formarium.model import Model
 from formarium.nn.components import Components, component_clusters
@@ -83,6 +83,8 @@ class SUFO(Lens):
     metric: of RSA's distances, "euclidean" (the paper's) or "cosine". components: how many leading ones are looked into.
     keep_mean: give the head ablated features around their mean, so that without ablation it says what the model says; False: the
         centred features themselves, as the authors' code does.
+    label: the key of a batch that says a sample's class (see `reading.batches_of`), by default what its task says. A model that doesn't
+        answer with these classes is read through a linear probe on its last features, which stands in for its head.
     outliers: samples a mode. seed: of the choice of samples and the folds; the same seed gives the same report.
     """
 
@@ -100,6 +102,7 @@ class SUFO(Lens):
         outliers: int = 8,
         batch_size: int = 64,
         seed: int = 0,
+        label: str | None = None,
     ):
         if metric not in ("euclidean", "cosine"):
             raise BadInput("metric", expected="'euclidean' or 'cosine'", got=repr(metric))
@@ -113,7 +116,7 @@ class SUFO(Lens):
             if key not in (known := [f.name for f in fields(FineTune)]):
                 raise UnknownName("setting of fine_tune", key, known)
         self.fine_tune = fine_tune if isinstance(fine_tune, FineTune) else FineTune(**(fine_tune or {}))
-        self.outliers, self.batch_size, self.seed = outliers, batch_size, seed
+        self.outliers, self.batch_size, self.seed, self.label = outliers, batch_size, seed, label
 
     def needs(self, model: Model) -> str:
         if not taps(model):
@@ -166,7 +169,11 @@ class SUFO(Lens):
         layers = layer_names(model, batches, self.layers, self.most_layers)
         after = read(model, batches, layers)
         classes = after.logits.shape[1]
-        given = [*(data.names if isinstance(data, Data) else ())] or [*(getattr(model, "names", None) or ())]
+        given = (
+            [*batches[0].get("label_names", ())]
+            or [*(data.names if isinstance(data, Data) else ())]
+            or [*(getattr(model, "names", None) or ())]
+        )
         names = [str(given[i]) if i < len(given) else f"class {i}" for i in range(classes)]
         if label.min() < 0 or label.max() >= classes:
             raise BadInput("labels", expected=f"0 to {classes - 1}, the model's classes", got=f"{label.min()} to {label.max()}")
@@ -180,14 +187,19 @@ class SUFO(Lens):
             except FormariumError as e:
                 study.left_out[f"the model {name}"] = str(e)
         if self.freeze and isinstance(data, Data) and "train" in data.splits:
-            study.train = batches_of(model, data, 4 * self.samples, self.batch_size, self.seed, "train")
+            study.train = batches_of(model, data, 4 * self.samples, self.batch_size, self.seed, "train", self.label)
         own = scores(label, after.predicted.numpy(), names)
         study.report.numbers |= {"samples": len(label), "classes": names, "layers": layers, "others": [*study.others], "model": own}
+        study.report.numbers["own_head"] = after.own_head
+        if not after.own_head:
+            study.report.findings.append(
+                "It doesn't answer with these classes itself: where a head is meant, a linear probe on its last features speaks."
+            )
         study.report.findings += words.overview(name_of(model), own, words.counts(label, names))
         return study
 
     def _batches(self, model: Model, data: Any) -> list[Numbers]:
-        return batches_of(model, data, self.samples, self.batch_size, self.seed)
+        return batches_of(model, data, self.samples, self.batch_size, self.seed, key=self.label)
 
     def _other(self, study: Study, name: str, other: Model, data: Any) -> Reading:
         """Another model's features of the same samples, prepared as it wants them."""
@@ -354,7 +366,7 @@ class SUFO(Lens):
             study.left_out["ablation"] = "no tap called `features` stands before the head, so the head can't be given other features"
             study.report.figures["Sparsification: what the leading components explain"] = _figures().explained(curves, {}, [])
             return found
-        head = Head(study.model, study.batches, study.after)
+        head: Any = Head(study.model, study.batches, study.after) if study.after.own_head else ProbeHead(features, study.label)
         mean = features.double().mean(0, keepdim=True) * self.keep_mean
 
         def said(ablated: Tensor) -> Numbers:

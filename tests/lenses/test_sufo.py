@@ -390,3 +390,38 @@ def test_the_authors_other_metric_and_pairs_are_replayed():
     expected = [spearmanr(t, p).statistic for t, p in zip(*moved, strict=True)]
     header = {"reference": {"constructor": {}}, "outputs": [{"path": "rsa"}]}
     np.testing.assert_allclose(similarity(header, sets, {})["rsa"].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "label"),
+    [
+        ("shapeformer_micro", None),
+        ("graph_transformer_micro", None),
+        ("mogo_micro", "half"),
+        ("squeezeformer_micro", "half"),
+        ("vitpose_micro", "half"),
+    ],
+)
+def test_it_looks_into_models_of_every_modality(variant, label):
+    torch.manual_seed(0)
+    model = create(variant).eval()
+    batches = [model.example_batch(16, seed=i) for i in range(3)]
+    for batch in batches:
+        batch["half"] = ["left" if j % 2 else "right" for j in range(16)]
+    report = SUFO(samples=48, label=label).look(model, batches)
+    assert report.numbers["probes"]["after"] and report.findings and report.figures
+    assert report.numbers["own_head"] == (variant == "shapeformer_micro")
+    assert report.numbers["sparsification"]["components_95"] > 0
+
+
+def test_classes_come_from_strings_and_numbers():
+    torch.manual_seed(0)
+    model = create("pvt_micro").eval()
+    batch = model.example_batch(12)
+    batch["kind"], batch["size"] = ["b", "a", "c"] * 4, torch.linspace(0, 1, 12)
+    named = batches_of(model, [batch], key="kind")[0]
+    assert named["label_names"] == ["a", "b", "c"] and named["label"].tolist() == [1, 0, 2] * 4
+    thirds = batches_of(model, [batch], key="size")[0]
+    assert thirds["label"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    with pytest.raises(BadInput, match="one class"):
+        batches_of(model, [{**batch, "odd": torch.zeros(12, 3)}], key="odd")

@@ -26,6 +26,7 @@ class GraphPrediction(Task):
     1 - MAE / (mean absolute deviation from the median) for values."""
 
     name = "graph-prediction"
+    class_key = "target"
     metric = "score"
     higher_is_better = True
     samples = ("molecules", "pattern", "cluster")

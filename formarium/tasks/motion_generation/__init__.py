@@ -26,6 +26,7 @@ class MotionGeneration(Task):
     """The task object; see formarium.task.Task for what each method promises."""
 
     name = "motion-generation"
+    class_key = "group"
     metric = "r_precision"
     higher_is_better = True
     samples = ("actions",)

@@ -25,6 +25,7 @@ class SpeechRecognition(Task):
     """The task object; see formarium.task.Task for what each method promises."""
 
     name = "speech-recognition"
+    class_key = "text"
     metric = "wer"
     higher_is_better = False
     samples = ("digits",)
