@@ -151,7 +151,7 @@ def _hooks(model: nn.Module, found: dict[str, Layer], threshold: float, mask: li
 
         return see
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in model.systematicmodules() if isinstance(m, (nn.Linear, Int8Linear))]
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Int8Linear))]
     try:
         yield
     finally:
