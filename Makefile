@@ -30,9 +30,9 @@ lint: setup
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet
 
-speed: setup  ## forward and training step beside timm and transformers
+speed: setup  ## forward and training step beside timm, transformers, MONAI and torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt transformers
-	$(BIN)/python -m pip install --quiet --no-deps timm
+	$(BIN)/python -m pip install --quiet --no-deps timm monai
 	$(BIN)/python benchmarks/speed.py
 
 clean:

@@ -144,6 +144,20 @@ def looks_into_a_model_or_says_why_not(card: Card) -> str:
     return f"{len(report.findings)} findings, {len(report.figures)} figures"
 
 
+@_check("method")
+def changes_a_model_or_says_why_not(card: Card) -> str:
+    method, model = system_class(card)(), smallest(catalogue.card("pvt"))
+    if reason := method.needs(model):
+        return reason
+    changed = method.apply(model).eval()
+    must(isinstance(changed, Model), f"apply gives {type(changed).__name__}, not a Model")
+    batch = changed.example_batch(3)
+    with torch.no_grad():
+        prediction = changed.predict(batch)
+    must(len(task_of(changed.task).rows(prediction, batch, [])) == 3, "the changed model doesn't predict")
+    return f"{type(changed).__name__} predicts"
+
+
 # the network --------------------------------------------------------------------------------------------------------
 
 

@@ -198,3 +198,13 @@ def test_data_without_splits_of_its_own_is_read_from_a_folder(data, tmp_path):
     assert (
         isinstance(data, Data) and result.results["data"]["name"] == "bars" and result.results["data"]["sizes"] == {"train": 96, "val": 40}
     )
+
+
+def test_rivals_of_another_task_are_compared_the_same_way(tmp_path):
+    found = compare("sample:motifs", task="time-series-classification", budget="2steps", out=tmp_path / "series", progress=False, jobs=1)
+    row = found.rows[0]
+    assert row["ok"] and row["variant"] == "shapeformer_micro" and found.results["higher_is_better"]
+    assert (
+        found.results["baseline"]["name"].startswith("nearest neighbour") and (tmp_path / "series" / "report.html").stat().st_size > 10_000
+    )
+    assert found.section.look is not None and found.section.look.numbers["own_head"]
