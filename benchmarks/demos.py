@@ -69,10 +69,8 @@ def main(slugs: list[str]) -> None:
         found = demo(slug)
         known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps({**known, slug: found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        print(
-            f"{slug:20} {found['metric']} {found['score']:.4f} (baseline {found['baseline'][found['metric']]:.4f}) {found['fit_seconds']} s",
-            flush=True,
-        )
+        key = found["metric"]
+        print(f"{slug:20} {key} {found['score']:.4f} (baseline {found['baseline'][key]:.4f}) {found['fit_seconds']} s", flush=True)
 
 
 if __name__ == "__main__":
