@@ -185,6 +185,10 @@ def test_bad_input():
 
 @pytest.mark.slow
 def test_it_learns_and_saves_layers_at_little_cost():
-    run = formarium.fit("lgvit_micro", "sample:digits", progress=False, seed=0)
-    rows = {r["threshold"]: r for r in speed_accuracy(run.model, "sample:digits", thresholds=(0.5, 0.9, 1.1))}
-    assert rows[1.1]["accuracy"] > 0.93 and rows[0.9]["blocks"] < 0.75 and rows[0.9]["accuracy"] > rows[1.1]["accuracy"] - 0.03
+    run = formarium.fit("smt_micro", "sample:digits", epochs=8, progress=False, seed=0, validations=1)
+    early = LGViT(exits=3).apply(run.model)
+    run = formarium.fit(early, "sample:digits", epochs=10, lr=1e-3, batch_size=64, progress=False, seed=0, validations=1)
+    rows = {r["threshold"]: r for r in speed_accuracy(run.model, "sample:digits", thresholds=(0.0, 0.8, 1.1))}
+    assert rows[1.1]["accuracy"] > 0.95 and rows[1.1]["blocks"] == 1.0  # logistic regression: 0.953
+    assert rows[0.8]["blocks"] < 0.7 and rows[0.8]["accuracy"] > rows[1.1]["accuracy"] - 0.02
+    assert rows[0.0]["blocks"] == 0.4 and rows[0.0]["accuracy"] < rows[0.8]["accuracy"]

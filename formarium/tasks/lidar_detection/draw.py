@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TILE, PAD = 320, 8
 TRUE, FOUND = (40, 160, 90), (214, 96, 30)
-LEAST = 0.2  # score from which on a box is drawn
+LEAST = 0.4  # score from which on a box is drawn
 
 
 def draw(prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = (), most: int = 16) -> Image.Image:
