@@ -245,3 +245,25 @@ def test_the_rival_is_the_nearest_trajectory():
     data = Data("x", "operator-learning", {"train": Trajectories(held), "val": Trajectories(held[:4])})
     name, metrics = TASK.baseline(data)
     assert "nearest" in name and metrics["relative_l2"] < 1e-6
+
+
+def test_fields_solve_their_equations():
+    from formarium.tasks.operator_learning import fields
+
+    x = np.arange(fields.GRID) * 2 * np.pi / fields.GRID
+    t = np.linspace(0, 1, 5)
+    heat = fields.solve(fields.FAMILIES["heat"][0](0.2), np.sin(2 * x), t)
+    np.testing.assert_allclose(heat, np.exp(-0.2 * 4 * t)[:, None] * np.sin(2 * x), atol=1e-6)
+    moved = fields.solve(fields.FAMILIES["advection"][0](0.5), np.sin(x), t)
+    np.testing.assert_allclose(moved, np.sin(x - 0.5 * t[:, None]), atol=1e-6)
+    np.testing.assert_allclose(fields.derivative(np.cos(3 * x), 2), -9 * np.cos(3 * x), atol=1e-9)
+
+
+def test_sample_fields_have_their_equations_in_words():
+    data = task_of("operator-learning").sample("pdes")
+    first = data.splits["val"][2]
+    assert first["u"].shape == (48, 32, 1) and first["family"] == "burgers" and data.model_args["grid"] == 32
+    assert {*first["words"]} <= {*data.model_args["vocabulary"]} and "u_xx" in first["words"]
+    assert np.isfinite(np.stack([data.splits["val"][i]["u"] for i in range(8)])).all()
+    _, trivial = task_of("operator-learning").baseline(data)
+    assert 0.05 < trivial["relative_l2"] < 2

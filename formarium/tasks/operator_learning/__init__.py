@@ -27,7 +27,7 @@ class OperatorLearning(Task):
     name = "operator-learning"
     metric = "relative_l2"
     higher_is_better = False
-    samples = ("odes",)
+    samples = ("odes", "pdes")
     recipe_keys = ("noise", "add_term", "drop_term")
     published_defaults: Mapping[str, Any] = {}
     demo_defaults: Mapping[str, Any] = {"noise": 0.02, "add_term": 0.15, "drop_term": 0.15}

@@ -11,6 +11,7 @@ import numpy as np
 
 from formarium.errors import UnknownName
 from formarium.task import Data, Sample
+from formarium.tasks.operator_learning import fields
 from formarium.tasks.operator_learning.data import Trajectories
 from formarium.tasks.operator_learning.symbols import Node, disturb, encode, rounded, skeleton, vocabulary
 
@@ -82,9 +83,14 @@ _fields: dict[str, Callable[..., Any]] = {
 
 
 def sample(name: str, seed: int = 0) -> Data:
-    """`odes`: 900 and 150 trajectories of three families in two dimensions. Raises UnknownName for other names."""
+    """`odes`: 900 and 150 trajectories of three families in two dimensions. `pdes`: 600 and 120 fields on 32 points, four families
+    (fields.py). Raises UnknownName for other names."""
+    if name == "pdes":
+        found: dict[str, Any] = {split: Trajectories([*fields.fields(split, count, seed)]) for split, count in fields.COUNTS.items()}
+        args = {"vocabulary": vocabulary(1, fields.DIGITS - 1, fields.WORDS), "dims": 1, "grid": fields.GRID}
+        return Data("pdes", "operator-learning", found, args, source={"sample": name})
     if name != "odes":
-        raise UnknownName("sample data set", name, ("odes",))
+        raise UnknownName("sample data set", name, ("odes", "pdes"))
     splits: dict[str, Any] = {split: Trajectories([*trajectories(split, count, seed)]) for split, count in COUNTS.items()}
     args = {"vocabulary": vocabulary(2, DIGITS - 1), "dims": 2}
     return Data("odes", "operator-learning", splits, args, source={"sample": name})
