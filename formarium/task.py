@@ -46,8 +46,9 @@ class Data:
 
 
 class Task:
-    """What one package in `tasks/` offers, as an object called `task`. Subclasses set the attributes and write the methods that raise here;
-    the others have defaults that hold for many tasks."""
+    """What one package in `tasks/` offers, as an object called `task`. Subclasses set the attributes and write `transform`. The other
+    methods
+    are, unless a subclass says otherwise, the functions of the same name in the package's modules: `data`, `sample`, `metrics`, `draw`."""
 
     name: str
     metric: str  # the headline metric's key, e.g. "accuracy"
@@ -61,19 +62,23 @@ class Task:
     class_key: str = "label"  # the key of a batch whose value sorts samples into classes, for lenses that ask what features know of them
     example_names: Sequence[str] = ()  # names to show a prediction with where there is no data set
 
+    def part(self, module: str) -> Any:
+        """A module of the task's package, imported when it is first asked for."""
+        return import_module(f"{type(self).__module__}.{module}")
+
     # data in ----------------------------------------------------------------------------------------------------------
 
     def read(self, path: str | Path, **options: Any) -> Data:
         """The data in a folder or file of the formats people have. BadInput where it can't be used."""
-        raise NotImplementedError
+        return self.part("data").read(path, **options)
 
     def sample(self, name: str, seed: int = 0) -> Data:
         """Sample data by name; UnknownName for others."""
-        raise NotImplementedError
+        return self.part("sample").sample(name, seed)
 
     def inputs(self, paths: Sequence[str | Path]) -> Dataset:
         """Unlabelled samples of files or folders (or of texts, where a person types them), for predict."""
-        raise NotImplementedError
+        return self.part("data").inputs(paths)
 
     def from_memory(self, value: Any, index: int) -> Sample:
         """A raw sample of what a person has in memory (array, tensor, string ...). BadInput for what it can't be."""
@@ -95,17 +100,17 @@ class Task:
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The batch, as the task's model contract documents it; ids as a list of strings under "id"."""
-        raise NotImplementedError
+        return self.part("data").collate(samples)
 
     # predictions out --------------------------------------------------------------------------------------------------
 
     def score(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
         """(metrics by name, one array a metric of per-sample scores where the metric is a mean over samples, for bootstrapping)."""
-        raise NotImplementedError
+        return self.part("metrics").score(predictions, batches)
 
     def rows(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
         """A prediction as plain data, one dict a sample, for JSON and tables."""
-        raise NotImplementedError
+        return self.part("metrics").rows(prediction, batch, names)
 
     def write(self, prediction: Any, batch: Mapping[str, Any], folder: Path, names: Sequence[str] = ()) -> list[Path]:
         """The prediction as files in the field's own formats, one or more a sample; the paths written. By default one JSON a sample."""
@@ -117,7 +122,7 @@ class Task:
 
     def baseline(self, data: Data, seed: int = 0) -> tuple[str, dict[str, float]]:
         """What the trivial rival is called, and its metrics on the held-out split."""
-        raise NotImplementedError
+        return self.part("metrics").baseline(data, seed)
 
     def details(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         """More for a report: matplotlib figures by caption."""
@@ -129,7 +134,7 @@ class Task:
 
     def draw(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = ()) -> Image:
         """A picture of the prediction over its input, a person's view of up to 16 samples."""
-        raise NotImplementedError
+        return self.part("draw").draw(prediction, batch, names)
 
 
 def file_stem(name: Any) -> str:

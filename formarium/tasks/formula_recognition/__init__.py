@@ -7,18 +7,15 @@ Rivals share the batch that `model.py` documents. `data.py` reads captioned imag
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formarium.task import Data, Dataset, Sample, Task, Transform, file_stem
+from formarium.task import Data as Data
+from formarium.task import Dataset as Dataset
+from formarium.task import Sample, Task, Transform, file_stem
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-def _at(module: str) -> Any:
-    return import_module(f"formarium.tasks.formula_recognition.{module}")
+    pass
 
 
 class FormulaRecognition(Task):
@@ -33,32 +30,14 @@ class FormulaRecognition(Task):
     demo_defaults: Mapping[str, Any] = {"margin": 6}
     scored = ("tokens", "id")
 
-    def read(self, path: str | Path, **options: Any) -> Data:
-        return _at("data").read(path, **options)
-
-    def sample(self, name: str, seed: int = 0) -> Data:
-        return _at("sample").sample(name, seed)
-
-    def inputs(self, paths: Sequence[str | Path]) -> Dataset:
-        return _at("data").inputs(paths)
-
     def from_memory(self, value: Any, index: int) -> Sample:
-        return _at("data").from_memory(value, index)
+        return self.part("data").from_memory(value, index)
 
     def is_single(self, value: Any) -> bool:
-        return _at("data").is_single(value)
+        return self.part("data").is_single(value)
 
     def transform(self, preprocessing: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> Transform:
-        return _at("data").Prepare(preprocessing, recipe)
-
-    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        return _at("data").collate(samples)
-
-    def score(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-        return _at("metrics").score(predictions, batches)
-
-    def rows(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-        return _at("metrics").rows(prediction, batch, names)
+        return self.part("data").Prepare(preprocessing, recipe)
 
     def write(self, prediction: Any, batch: Mapping[str, Any], folder: Path, names: Sequence[str] = ()) -> list[Path]:
         """A .tex file a sample, in the form that CROHME's scorers take: a comment with the name, then the formula between dollars."""
@@ -68,15 +47,9 @@ class FormulaRecognition(Task):
             paths[-1].write_text(f"%{row['id']}\n${row['latex']}$\n", encoding="utf-8")
         return paths
 
-    def baseline(self, data: Data, seed: int = 0) -> tuple[str, dict[str, float]]:
-        return _at("metrics").baseline(data, seed)
-
-    def draw(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = ()) -> Image:
-        return _at("draw").draw(prediction, batch, names)
-
     def details(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         """More for a report: matplotlib figures by caption (formulas read right, by length)."""
-        return _at("draw").details(predictions, batches, names)
+        return self.part("draw").details(predictions, batches, names)
 
 
 task = FormulaRecognition()

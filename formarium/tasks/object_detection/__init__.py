@@ -7,18 +7,15 @@ resizes, crops and flips, `metrics.py` has COCO's average precision, `draw.py` t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formarium.task import Data, Dataset, Sample, Task, Transform
+from formarium.task import Data as Data
+from formarium.task import Dataset as Dataset
+from formarium.task import Sample, Task, Transform
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-def _at(module: str) -> Any:
-    return import_module(f"formarium.tasks.object_detection.{module}")
+    pass
 
 
 class ObjectDetection(Task):
@@ -32,46 +29,22 @@ class ObjectDetection(Task):
     demo_defaults: Mapping[str, Any] = {"hflip": 0.5}
     scored = ("id", "image_id", "truth", "original_size")
 
-    def read(self, path: str | Path, **options: Any) -> Data:
-        return _at("data").read(path, **options)
-
-    def sample(self, name: str, seed: int = 0) -> Data:
-        return _at("sample").sample(name, seed)
-
-    def inputs(self, paths: Sequence[str | Path]) -> Dataset:
-        return _at("data").inputs(paths)
-
     def from_memory(self, value: Any, index: int) -> Sample:
-        return _at("data").from_memory(value, index)
+        return self.part("data").from_memory(value, index)
 
     def is_single(self, value: Any) -> bool:
-        return _at("data").is_single(value)
+        return self.part("data").is_single(value)
 
     def transform(self, preprocessing: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> Transform:
-        return _at("augment").Prepare(preprocessing, recipe)
-
-    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        return _at("data").collate(samples)
-
-    def score(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-        return _at("metrics").score(predictions, batches)
-
-    def rows(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-        return _at("metrics").rows(prediction, batch, names)
+        return self.part("augment").Prepare(preprocessing, recipe)
 
     def write(self, prediction: Any, batch: Mapping[str, Any], folder: Path, names: Sequence[str] = ()) -> list[Path]:
         """COCO's results json (detections.json in the folder), and one json a picture."""
-        return [*super().write(prediction, batch, folder, names), _at("metrics").write_results(prediction, batch, folder)]
-
-    def baseline(self, data: Data, seed: int = 0) -> tuple[str, dict[str, float]]:
-        return _at("metrics").baseline(data, seed)
+        return [*super().write(prediction, batch, folder, names), self.part("metrics").write_results(prediction, batch, folder)]
 
     def details(self, predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
         """A figure of each class's average precision."""
-        return _at("draw").details(predictions, batches, names)
-
-    def draw(self, prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = ()) -> Image:
-        return _at("draw").draw(prediction, batch, names)
+        return self.part("draw").details(predictions, batches, names)
 
 
 task = ObjectDetection()
