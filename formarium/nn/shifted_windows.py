@@ -8,19 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from formarium.nn.windows import to_groups
+from formarium.nn import nd_windows
 
 
 @lru_cache(maxsize=64)
 def shift_mask(grid: tuple[int, int], size: int, shift: int, device: torch.device) -> Tensor:
     """float [windows, size^2, size^2]: -100 between tokens that only the cyclic shift made neighbours."""
-    region = torch.zeros(1, *grid, 1)
-    cuts = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
-    for i, rows in enumerate(cuts):
-        for j, columns in enumerate(cuts):
-            region[:, rows, columns] = 3 * i + j
-    flat = to_groups(region, size)[..., 0]
-    return torch.where(flat[:, None] == flat[:, :, None], 0.0, -100.0).to(device)
+    return nd_windows.shift_mask(grid, (size, size), (shift, shift)).to(device)
 
 
 def sine_positions(padding: Tensor, dim: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from formarium.task import Data
+from formarium.tasks.frechet import frechet
 from formarium.tasks.motion_generation.skeleton import to_joints
 
 
@@ -69,13 +70,6 @@ def compare(made: np.ndarray, true: np.ndarray, groups: Sequence[str]) -> tuple[
         directions = np.random.default_rng(0).standard_normal((made.shape[1], 16)) / np.sqrt(made.shape[1])
         metrics["frechet"] = frechet(made @ directions, true @ directions)
     return metrics, per_sample
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """The Frechet distance between Gaussians fitted to two sets of points [samples, dims]."""
-    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.sqrt(np.maximum(np.linalg.eigvals(ca @ cb).real, 0)).sum()
-    return float(max(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * root, 0.0))
 
 
 def joint_error(a: np.ndarray, b: np.ndarray) -> float:

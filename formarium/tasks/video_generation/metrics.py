@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from formarium.task import Data
+from formarium.tasks.frechet import frechet
 
 
 def score(predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -61,14 +62,6 @@ def clip_features(video: np.ndarray, dims: int = 16) -> np.ndarray:
         parts.append(4 * np.abs(np.diff(blocks, axis=1)).reshape(n, -1))
     flat = np.concatenate(parts, 1).astype(np.float64)
     return flat @ (np.random.default_rng(0).standard_normal((flat.shape[1], dims)) / np.sqrt(dims))
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """The Frechet distance between Gaussians fitted to two sets of features [samples, dims]."""
-    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values = np.linalg.eigvals(ca @ cb)  # the trace of the root of a product of two covariances
-    root = np.sqrt(np.maximum(values.real, 0)).sum()
-    return float(max(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * root, 0.0))
 
 
 def rows(prediction: Any, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
