@@ -8,8 +8,8 @@ exit that is sure enough.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,16 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from formarium.catalogue import create, make_config, resolve
 from formarium.errors import BadInput, UnknownName
 from formarium.features import Feature, Features, taps, watching
 from formarium.method import Method
+from formarium.methods.wrapping import Wrapped, finish, shapes, target, trunk_fields, why_not
 from formarium.model import Batch, Losses, Model, Stage, Turn
 from formarium.nn.attention import SelfAttention
 from formarium.tasks.image_classification.model import ImageClassifier
-from formarium.tasks.image_classification.trunks import Swin, ViT
+from formarium.tasks.image_classification.trunks import ViT
 
-TRUNKS = {"vit": ViT, "swin": Swin}
 STRATEGIES = ("confidence", "entropy", "patience", "patient_and_confident")
 TEMPERATURE, PREDICTION, HETEROGENEOUS, HOMOGENEOUS = 2.0, 0.3, 0.01, 0.01  # of the second stage (section 3.3)
 
@@ -136,28 +135,21 @@ class _Stop(Exception):
     """Raised at a tap where the sample has its answer; carries it."""
 
 
-class EarlyExit(ImageClassifier):
+class EarlyExit(Wrapped):
     """A trunk with exits. `threshold` and `strategy` may be changed at any time; they aren't weights."""
 
     @dataclass(frozen=True)
-    class Config:
-        trunk: str = "vit"  # "vit", "swin" or a variant's name of the catalogue
-        trunk_config: Mapping[str, Any] = field(default_factory=dict)  # what differs from that trunk's config
+    class Config(Wrapped.Config):
         exits: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11)  # blocks, counted from 1, that an exit follows
         heads: tuple[str, ...] = ()  # by default the paper's, by the number of exits
         strategy: str = "confidence"
         threshold: float = 0.8  # of confidence (above: leave) or entropy (below: leave)
         patience: int = 3  # exits in a row that agree (patience) or are sure (patient_and_confident)
         teacher_normalised: bool = True
-        in_channels: int = 3
-        num_classes: int = 1000
-        dense: bool = False
 
     def __init__(self, config: Config, trunk: ImageClassifier | None = None):
-        made = trunk if trunk is not None else _make_trunk(config)
-        object.__setattr__(self, "_size", made.image_size)  # asked for by the base class before there are sub-modules
-        super().__init__(config)
-        self.trunk = made
+        super().__init__(config, trunk)
+        made = self.trunk
         self.strategy, self.threshold, self.patience = config.strategy, config.threshold, config.patience
         if config.strategy not in STRATEGIES:
             raise UnknownName("strategy", config.strategy, STRATEGIES)
@@ -169,24 +161,17 @@ class EarlyExit(ImageClassifier):
                 expected=f"one head an exit, at blocks 1 to {len(self.places) - 1}",
                 got=f"exits {tuple(config.exits)}, heads {heads}",
             )
-        shapes = _shapes(made, [self.places[i - 1] for i in config.exits])
-        self.exits = nn.ModuleList(Exit(kind, dim, prefix, config.num_classes) for kind, (dim, prefix) in zip(heads, shapes, strict=True))
+        read = [(f.tokens.shape[2], f.prefix) for f in shapes(made, [self.places[i - 1] for i in config.exits])]
+        self.exits = nn.ModuleList(Exit(kind, dim, prefix, config.num_classes) for kind, (dim, prefix) in zip(heads, read, strict=True))
         self.kinds = heads
         self.frozen = False
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # decides whose turn it is in the first stage
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self._size
 
     def train(self, mode: bool = True) -> EarlyExit:
         super().train(mode)
         if self.frozen:  # its batch norms and dropouts, too
             self.trunk.eval()
         return self
-
-    def pyramid(self, image: Tensor) -> tuple[Tensor, ...]:
-        return self.trunk.pyramid(image)
 
     def forward(self, image: Tensor) -> Exits:
         """Normalised image [batch, channels, height, width] to the logits of every classifier, exits and final one; all layers run."""
@@ -203,9 +188,6 @@ class EarlyExit(ImageClassifier):
         read = {name: tap for name, tap in taps(self.trunk, "*blocks.*").items() if name in names}
         with watching(self.trunk, names, found, read, {}):
             return self.trunk(image), found
-
-    def check_size(self, height: int, width: int) -> None:
-        self.trunk.check_size(height, width)
 
     # inference --------------------------------------------------------------------------------------------------------
 
@@ -268,8 +250,7 @@ class EarlyExit(ImageClassifier):
                 teacher = self._unnormalised(read[self.places[-1]])
         answers, features = zip(*(head(read[self._place(i)]) for i, head in enumerate(self.exits)), strict=True)
         last = read[self.places[-1]]
-        target = batch["target"] if "target" in batch else batch["label"]
-        return distillation_loss(answers, features, self.kinds, teacher, last.tokens[:, last.prefix :], last.grid or (), target)
+        return distillation_loss(answers, features, self.kinds, teacher, last.tokens[:, last.prefix :], last.grid or (), target(batch))
 
     def _unnormalised(self, last: Feature) -> Tensor:
         """The final classifier on features that skipped the final norm, as the authors' second stage has it (ViT and DeiT)."""
@@ -277,9 +258,6 @@ class EarlyExit(ImageClassifier):
             raise BadInput("teacher_normalised", expected="True for this trunk", got="False")
         x = self.trunk.head(last.tokens[:, 0])
         return (x + self.trunk.head_distilled(last.tokens[:, 1])) / 2 if self.trunk.config.distilled else x
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"trunk.{g}" for g in self.trunk.no_weight_decay()}
 
 
 class _Watcher:
@@ -317,7 +295,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits.float(), batch["target"] if "target" in batch else batch["label"])
+    return F.cross_entropy(logits.float(), target(batch))
 
 
 def distillation_loss(
@@ -376,36 +354,6 @@ def gram(x: Tensor) -> Tensor:
 # making one ---------------------------------------------------------------------------------------------------------
 
 
-def _make_trunk(config: EarlyExit.Config) -> ImageClassifier:
-    own = {**config.trunk_config, "num_classes": config.num_classes, "in_channels": config.in_channels}
-    if config.trunk in TRUNKS:
-        cls = TRUNKS[config.trunk]
-        return cls(make_config(cls.Config, own))
-    model: Any = create(config.trunk, **own)
-    return model
-
-
-@torch.no_grad()
-def _shapes(trunk: ImageClassifier, places: Sequence[str]) -> list[tuple[int, int]]:
-    """(channels, prefix tokens) at each of some taps, of one forward."""
-    was, meta = trunk.training, next(trunk.parameters()).is_meta
-    found = Features()
-    read = {name: tap for name, tap in taps(trunk, "*blocks.*").items() if name in places}
-    image = torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device="meta" if meta else trunk.device)
-    try:
-        with watching(trunk.eval(), dict.fromkeys(read), found, read, {}):
-            nn.Module.__call__(trunk, image)
-    finally:
-        trunk.train(was)
-    out = []
-    for name in places:
-        feature = found.get(name)
-        if feature is None or feature.grid is None or len(feature.grid) != 2:
-            raise BadInput(f"tap {name}", expected="tokens on a grid of two dimensions", got="others" if feature else "none in a forward")
-        out.append((feature.tokens.shape[2], feature.prefix))
-    return out
-
-
 class LGViT(Method):
     """exits: how many, or after which blocks (from 1). heads: one of conv1_1, conv2_1, attention_r1, _r2, _r3 an exit; by default the
     paper's order. strategy, threshold, patience: when a sample leaves (see EarlyExit.Config)."""
@@ -426,10 +374,8 @@ class LGViT(Method):
         self.options = {"strategy": strategy, "threshold": threshold, "patience": patience}
 
     def needs(self, model: Model) -> str:
-        if not isinstance(model, ImageClassifier) or getattr(model.config, "dense", False):
-            return "it is no image classifier"
-        if isinstance(model, EarlyExit):
-            return "it has exits already"
+        if reason := why_not(model):
+            return reason
         return "" if len(taps(model, "*blocks.*")) > 1 else "it has fewer than two blocks with taps"
 
     def apply(self, model: Any, data: Any = None) -> EarlyExit:
@@ -441,22 +387,8 @@ class LGViT(Method):
             raise BadInput(f"LGViT on {type(model).__name__}", expected="an image classifier with taps behind its blocks", got=reason)
         blocks = len(taps(model, "*blocks.*"))
         places = default_places(blocks, self.exits) if isinstance(self.exits, int) else tuple(self.exits)
-        kind = next((k for k, cls in TRUNKS.items() if type(model) is cls), model.variant)
-        own = {k: v for k, v in model.config_dict().items() if k not in ("num_classes", "in_channels")}
-        config = EarlyExit.Config(
-            trunk=kind,
-            trunk_config=own,
-            exits=places,
-            heads=self.heads or default_heads(len(places)),
-            num_classes=model.config.num_classes,
-            in_channels=model.config.in_channels,
-            **self.options,
-        )
-        made = EarlyExit(config, model).to(model.device)
-        card, _ = resolve("lgvit")
-        made.adopt(card, f"lgvit_on_{model.variant or kind}", model.preprocessing)
-        made.names = [*model.names]
-        return made.train(model.training)
+        config = EarlyExit.Config(**trunk_fields(model), exits=places, heads=self.heads or default_heads(len(places)), **self.options)
+        return finish(EarlyExit(config, model), "lgvit", model)
 
 
 # what it buys -------------------------------------------------------------------------------------------------------
