@@ -172,6 +172,8 @@ def compare(
     precision: Precision = "auto",
     workers: Workers = 0,
     jobs: Annotated[int | None, typer.Option(help="Fits at a time (one a core at micro scale by default).")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: Ray Tune with ASHA, here or on the cluster it is connected to.")] = "local",
+    stop_early: Annotated[bool, typer.Option("--stop-early/--all", help="Stop candidates that fall behind, or fit all to the end.")] = True,
     json: Json = False,
 ) -> None:
     """Which design is best for your data, inside your limits? Fits rivals under one budget and writes a report.
@@ -183,7 +185,8 @@ def compare(
     result = run(
         path, task=task, systems=[s for s in (systems or "").replace(",", " ").split() if s] or None, budget=budget, scale=scale,
         max_params=amount(max_params, "--max-params"), max_latency=max_latency, seeds=seeds, seed=seed, out=out, resume=resume,
-        overwrite=overwrite, strict=strict, precision=precision, workers=workers, jobs=jobs, say=say,
+        overwrite=overwrite, strict=strict, precision=precision, workers=workers, jobs=jobs,
+        engine=engine, stop_early=stop_early, say=say,
     )  # fmt: skip
     if json:
         print_json(result.results)
@@ -203,7 +206,8 @@ def leaderboard(result: Any) -> None:
             continue
         low, high = r["intervals"].get(metric, (0, 0))
         above = "better" if r["beats_baseline"] else "not better"
-        rows.append([r["rank"], r["variant"], f"{r['metrics'][metric]:.4f}", f"{low:.3f}-{high:.3f}", f"{r['latency_ms']:.2f}",
+        name = r["variant"] + (f" (stopped at {r['steps']})" if r["stopped"] else "")
+        rows.append([r["rank"], name, f"{r['metrics'][metric]:.4f}", f"{low:.3f}-{high:.3f}", f"{r['latency_ms']:.2f}",
                      f"{r['throughput']:.0f}", count(r["parameters"]), above])  # fmt: skip
     table(["#", "candidate", metric, "95% interval", "latency ms", "samples/s", "parameters", "baseline"], rows)
     for line in verdict(result.results):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import re
 import shlex
 import shutil
 import sys
-import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,10 +27,9 @@ from formarium.cards import Card, Variant
 from formarium.engine import runs
 from formarium.engine.benchmarking import bench, cost
 from formarium.engine.evaluation import Evaluation, evaluate, interval, resampled_means
-from formarium.engine.fitting import Interrupted, fit
 from formarium.engine.looking import look
-from formarium.engine.recipes import recipe_for
-from formarium.errors import BadInput, FormariumError, NoCandidates, UnknownName
+from formarium.engine.trials import Trial, run_all, run_on_ray, rungs, share
+from formarium.errors import BadInput, NoCandidates, UnknownName
 from formarium.report import page
 from formarium.task import Data
 from formarium.task import task as task_of
@@ -70,6 +67,8 @@ def compare(
     precision: str = "auto",
     workers: int = 0,
     jobs: int | None = None,
+    engine: str = "local",
+    stop_early: bool = True,
     lens: str = "sufo",
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -79,8 +78,10 @@ def compare(
 
     data: a folder, "sample:NAME" or a Data. systems: slugs or variant names (all of the task by default). scale: "micro" (each system's
     small variant) or "published" (the smallest published one). budget: "20ep" epochs, "2000steps", or a time ("10m", "2h", "90s") that
-    a fixed
-    cost model turns into the same number of steps for all. max_params, max_latency (ms, one sample, here): limits. seeds: repeats.
+    a fixed cost model turns into the same number of steps for all. stop_early: successive halving; of more than three candidates the lower
+    half is stopped after a quarter of the steps, half of the rest after half of them (never within an epoch). engine: "local", or "ray" for
+    Ray Tune (ASHA, on the cluster Ray is connected to or a local one; pip install 'formarium[scale]'). max_params, max_latency (ms, one
+    sample, here): limits. seeds: repeats.
     batch_size: of every fit (by default the task's). jobs: fits at a time, each with one thread (by default one a core at micro scale, one
     in all otherwise).
     lens: what looks into the winner ("" for none). say: called with a line of progress.
@@ -91,6 +92,8 @@ def compare(
         with one_thread():  # small models gain nothing from several, and the fits get a core each
             return compare(given.pop("data"), **given)
     parse_budget(budget)
+    if engine not in ("local", "ray"):
+        raise UnknownName("engine", engine, ("local", "ray"))
     chosen = candidates_for(task, systems, scale)
     batch_size = batch_size or task_of(task).batch_size
     folder = Path(out)
@@ -99,6 +102,7 @@ def compare(
         "systems": [*(systems or [])],
         "scale": scale,
         "budget": budget,
+        "stop_early": stop_early,
     }
     found = runs.as_data(data, task, strict=strict, seed=seed) if not isinstance(data, Data) else data
     _claim(folder, resume, overwrite, {**asked, "seeds": seeds, "seed": seed, "fingerprint": fingerprint(found)})
@@ -106,16 +110,16 @@ def compare(
         say(note)
     made = [_Candidate.make(card, variant, found) for card, variant in chosen]
     kept, dropped = _within(made, max_params, max_latency)
-    steps = plan(budget, kept, found, seeds, batch_size)
-    epochs = steps / max(1, len(found.splits["train"]) // batch_size)
+    per_epoch = max(1, len(found.splits["train"]) // batch_size)
+    steps = plan(budget, kept, found, seeds, batch_size, stop_early)
+    epochs = steps / per_epoch
     say(f"{len(kept)} candidates, {steps} steps of {batch_size} each ({epochs:.1f} epochs)")
     jobs = jobs or (min(os.cpu_count() or 1, len(kept) * seeds) if scale == "micro" and not torch.cuda.is_available() else 1)
-    work = [
-        _Work(c.slug, s, found, folder, steps, epochs, batch_size, precision, workers, resume)
-        for c in kept
-        for s in range(seed, seed + seeds)
+    trials = [
+        Trial(c.slug, s, found, folder, steps, epochs, batch_size, precision, workers) for c in kept for s in range(seed, seed + seeds)
     ]
-    fitted = _fit_all(work, jobs, progress, say)
+    ladder = rungs(steps, len(kept), per_epoch, stop_early)
+    fitted = run_on_ray(trials, ladder, jobs, say) if engine == "ray" else run_all(trials, ladder, jobs, progress, say)
     rows: list[dict[str, Any]] = []
     evaluations: dict[str, list[Evaluation]] = {}
     for c in kept:
@@ -219,8 +223,8 @@ def parse_budget(budget: str) -> tuple[float, str]:
     return float(match[1]), match[2]
 
 
-def plan(budget: str, candidates: Sequence[_Candidate], data: Data, seeds: int, batch_size: int) -> int:
-    """Optimiser steps for every candidate, the same for all and on any machine."""
+def plan(budget: str, candidates: Sequence[_Candidate], data: Data, seeds: int, batch_size: int, stop_early: bool = False) -> int:
+    """Optimiser steps for every candidate that isn't stopped early, the same for all and on any machine."""
     amount, unit = parse_budget(budget)
     per_epoch = max(1, len(data.splits["train"]) // batch_size)
     if unit.startswith("ep"):
@@ -229,100 +233,14 @@ def plan(budget: str, candidates: Sequence[_Candidate], data: Data, seeds: int, 
         return max(1, round(amount))
     seconds = amount * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit]
     together = seeds * batch_size * sum(c.step_seconds for c in candidates)
-    steps = int(seconds / together)
+    mean = together / len(candidates)
+    steps = bisect_right(range(1, 10**7), seconds, key=lambda n: n * mean * share(n, len(candidates), per_epoch, stop_early))
     if steps < 1:
         raise BadInput("budget", expected=f"at least {together:.0f}s, one step for each candidate", got=budget)
     return steps
 
 
-# one candidate ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One fit: a variant and a seed, and all that it needs in a process of its own."""
-
-    variant: str
-    seed: int
-    data: Data
-    folder: Path
-    steps: int
-    epochs: float
-    batch_size: int
-    precision: str
-    workers: int
-    resume: bool
-
-    @property
-    def where(self) -> Path:
-        return self.folder / "runs" / f"{self.variant}-{self.seed}"
-
-
-def _fit_one(work: _Work, progress: bool | None = None) -> dict[str, Any]:
-    """Fit a candidate; a failure becomes a row of its own, and a finished run is left as it is."""
-    start = time.perf_counter()
-    row = {"variant": work.variant, "seed": work.seed, "path": str(work.where.relative_to(work.folder))}
-    try:
-        if not (work.resume and (work.where / runs.WEIGHTS).exists()):
-            card, variant = catalogue.resolve(work.variant)
-            recipe = recipe_for(card, variant, steps=work.steps, batch_size=work.batch_size, warmup_epochs=0.1 * work.epochs)
-            fit(
-                work.variant, work.data, work.where, recipe=recipe, resume=work.resume and work.where.exists(), seed=work.seed,
-                precision=work.precision, snapshots=SNAPSHOTS, validations=6, workers=work.workers, progress=progress,
-            )  # fmt: skip
-        return row
-    except FormariumError as e:
-        return {**row, "error": str(e), "seconds": time.perf_counter() - start}
-    except (RuntimeError, ValueError) as e:  # one candidate that breaks must not take the others along
-        return {**row, "error": f"{type(e).__name__}: {e}", "seconds": time.perf_counter() - start}
-
-
-def _fit_all(work: list[_Work], jobs: int, progress: bool | None, say: Callable[[str], None]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every fit, `jobs` at a time in processes with one thread each, or one after the other in this one."""
-    if jobs <= 1:
-        return {(w.variant, w.seed): _fit_one(w, progress) for w in work}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {pool.submit(_fit_one, w, False): w for w in work}
-        try:
-            with _bars(work, sys.stderr.isatty() if progress is None else progress) as update:
-                done: dict[tuple[str, int], dict[str, Any]] = {}
-                for_all = set(waiting)
-                while for_all:
-                    finished, for_all = wait(for_all, timeout=0.5, return_when=FIRST_COMPLETED)
-                    update()
-                    for future in finished:
-                        w = waiting[future]
-                        done[w.variant, w.seed] = future.result()
-                        say(f"{w.variant} (seed {w.seed}): {done[w.variant, w.seed].get('error', 'fitted')}")
-                return done
-        except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)  # the fits at hand save where they are
-            raise Interrupted(f"stopped; the same command with --out {work[0].folder} --resume goes on from there") from None
-
-
-@contextmanager
-def _bars(work: list[_Work], shown: bool) -> Iterator[Callable[[], None]]:
-    """One bar a fit, moved by what the fits log."""
-    if not shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        ids = {w: bars.add_task(w.variant, total=w.steps, said="") for w in work}
-
-        def update() -> None:
-            for w, id_ in ids.items():
-                for row in [*runs.read_metrics(w.where / runs.METRICS)][-1:]:
-                    bars.update(id_, completed=row["step"], said=f"loss {row['loss']:.3f}" if "loss" in row else "")
-
-        yield update
-
-
-SNAPSHOTS = 6  # of each candidate, for the lens that looks into the winner
+# results ------------------------------------------------------------------------------------------------------------
 
 
 def _scored(row: dict[str, Any], folder: Path, data: Data, workers: int) -> tuple[dict[str, Any], Evaluation | None]:
@@ -338,7 +256,8 @@ def _merged(c: _Candidate, scored: list[dict[str, Any]], evaluations: list[Evalu
     good = [row for row in scored if "metrics" in row]
     row: dict[str, Any] = {
         "system": c.card.slug, "variant": c.slug, "parameters": c.parameters, "seconds": round(sum(r["seconds"] for r in scored), 2),
-        "ok": bool(good), "error": next((r["error"] for r in scored if "error" in r), None),
+        "ok": bool(good), "steps": min((r["steps"] for r in good), default=0),
+        "error": next((r["error"] for r in scored if "error" in r), None),
     }  # fmt: skip
     if not good:
         return row
@@ -363,10 +282,11 @@ def _conclude(
 ) -> Comparison:  # fmt: skip
     task_ = task_of(data.task)
     key, sign = task_.metric, 1 if task_.higher_is_better else -1
-    rows.sort(key=lambda r: (not r["ok"], -sign * r["metrics"][key] if r["ok"] else 0, r["parameters"]))
+    rows.sort(key=lambda r: (not r["ok"], -r["steps"], -sign * r["metrics"][key] if r["ok"] else 0, r["parameters"]))
     name, baseline = task_.baseline(data, seed)
     for i, row in enumerate(rows):
         row["rank"] = i + 1 if row["ok"] else None
+        row["stopped"] = row["ok"] and row["steps"] < steps
         row["beats_baseline"] = sign * row["metrics"][key] > sign * baseline[key] if row["ok"] else False
     good = [r for r in rows if r["ok"]]
     winner = None
@@ -386,6 +306,7 @@ def _conclude(
         "higher_is_better": task_.higher_is_better,
         "seeds": [*range(seed, seed + seeds)],
         "baseline": {"name": name, **baseline},
+        "stopped": [r["variant"] for r in good if r["stopped"]],
         "below_baseline": [r["variant"] for r in good if not r["beats_baseline"]],
         "winner": good[0]["variant"] if good else None,
         "lead": _lead(good, evaluations, key, seed, sign),

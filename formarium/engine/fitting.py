@@ -53,6 +53,7 @@ def fit(
     snapshots: int = 0,
     validations: int = 8,
     checkpoint_seconds: float = 20.0,
+    until: int | None = None,
     workers: int = 0,
     progress: bool | None = None,
     **overrides: Any,
@@ -65,7 +66,9 @@ def fit(
     batch_size, ...). seed: of the weights, the order, the augmentation and the noise; how a folder is split doesn't depend on it.
     precision: "auto" (bfloat16 where native and harmless), "float32", "bfloat16". compile: torch.compile the network.
     snapshots: how many states to keep beside the first, for lenses. validations: how often the held-out metrics are measured.
-    checkpoint_seconds: time between checkpoints. workers: processes that read and augment. progress: False for no bar.
+    checkpoint_seconds: time between checkpoints. until: a step to stop after; the run is then whole as it stands (`stopped_at` in its
+    config), and with `resume` goes on from there, to a later `until` or to its end, as if it had never stopped. workers: processes that
+    read and augment. progress: False for no bar.
     Under torchrun the batch is split among the processes. `resume` goes on with the run that `out` holds, or begins it; the result is
     that of a run without interruption, bit for bit. `overwrite` replaces a run.
     Raises RunExists, BadInput, UnknownName; Diverged where the loss is no longer finite (the last checkpoint stays); Interrupted (a
@@ -83,12 +86,12 @@ def fit(
     if journal.directory is not None:
         runs.claim(journal.directory, config, resume=resume, overwrite=overwrite)
         fabric.barrier()  # every process has looked before one of them writes
-        if resume and journal.finished:
+        if resume and journal.finished and runs.reached(journal.directory) >= min(until or steps, steps):
             return runs.load_run(journal.directory)
         journal.begin(config, overwrite and not resume)
         fabric.barrier()
     trainer = Trainer(fabric, network, found, chosen, order, steps, journal, config, workers, checkpoint_seconds)
-    trainer.plan(snapshots, validations)
+    trainer.plan(snapshots, validations, until)
     shown = fabric.is_global_zero and progress is not False
     try:
         state = trainer.restore() if resume else None
@@ -158,11 +161,15 @@ class Trainer:
         self.seconds = 0.0  # of training, over all attempts
         self.unlogged: list[dict[str, float]] = []
 
-    def plan(self, snapshots: int, validations: int) -> None:
+    def plan(self, snapshots: int, validations: int, until: int | None = None) -> None:
+        if until is not None and until < 1:
+            raise BadInput("until", expected="a step, 1 or more", got=str(until))
+        self.until = min(until or self.steps, self.steps)
         self.stages = [*self.network.training_stages()]
         self.spans = spans(self.stages, self.steps)
         self.snapshot_steps = {round(i * self.steps / snapshots) for i in range(snapshots + 1)} if snapshots else set()
-        self.validation_steps = {max(1, round(i * self.steps / validations)) for i in range(1, validations + 1)} | {self.steps}
+        self.validation_steps = {max(1, round(i * self.steps / validations)) for i in range(1, validations + 1)}
+        self.validation_steps |= {self.until, self.steps}
 
     def train(self, state: Mapping[str, Any] | None, tick: Any) -> None:
         """All stages, from the step that the restored state is at."""
@@ -170,7 +177,7 @@ class Trainer:
             self.keep_snapshot()
         with interrupts() as stopped:
             for number, (stage, span) in enumerate(zip(self.stages, self.spans, strict=True)):
-                if self.step < span.stop:
+                if self.step < min(span.stop, self.until):
                     self.train_stage(stage, span, state if state and state["stage"] == number else None, number, tick, stopped)
 
     def train_stage(self, stage: Stage, span: range, state: Any, number: int, tick: Any, stopped: Any) -> None:
@@ -187,6 +194,9 @@ class Trainer:
                 self.log(terms)
                 self.keep_snapshot()
                 tick(terms["loss"])
+                if self.step == self.until < self.steps:
+                    self.save(number, training)
+                    return
                 stopping = self.any_process(stopped())
                 if stopping or time.monotonic() - saved >= self.checkpoint_seconds:
                     self.save(number, training)
@@ -240,7 +250,7 @@ class Trainer:
             self.unlogged = []
             self.journal.row({**where, "split": "train", **means, "seconds": round(self.seconds, 3)})
         if self.step in self.validation_steps:
-            self.journal.row({**where, "split": "val", **self.measure(None if self.step == self.steps else GLANCE)})
+            self.journal.row({**where, "split": "val", **self.measure(None if self.step == self.until else GLANCE)})
 
     def keep_snapshot(self) -> None:
         if self.step in self.snapshot_steps:
@@ -312,6 +322,8 @@ class Trainer:
         last = next((row for row in reversed(self.journal.rows) if row["split"] == "val"), {})
         self.config["summary"] = {k: v for k, v in last.items() if k not in ("step", "epoch", "split")}
         self.config["seconds"] = round(self.seconds, 2)
+        if self.step < self.steps:
+            self.config["stopped_at"] = self.step
         self.network.eval()
         self.journal.finish(self.config, self.network.state_dict())
         self.fabric.barrier()

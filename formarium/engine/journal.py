@@ -42,6 +42,7 @@ class Journal:
         if self.writes:
             if overwrite:
                 runs.clear(self._at("."))
+            self._at(runs.WEIGHTS).unlink(missing_ok=True)  # of an earlier stop, from which it goes on
             runs.write_json(self._at(runs.CONFIG), config)
 
     def row(self, row: Row) -> None:
@@ -85,12 +86,13 @@ class Journal:
         return state
 
     def finish(self, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
-        """The weights come last: a directory that has them is a finished run."""
+        """The weights come last: a directory that has them is a finished run. One that was stopped early keeps its checkpoint."""
         if self.writes:
             runs.write_json(self._at(runs.CONFIG), config)
             runs.write_whole(self._at(runs.README), runs.model_card(config).encode())
             runs.write_weights(self._at(runs.WEIGHTS), state)
-            self._at(runs.STATE).unlink(missing_ok=True)
+            if "stopped_at" not in config:
+                self._at(runs.STATE).unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.events is not None:

@@ -90,6 +90,14 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def reached(directory: Path) -> int:
+    """The step that a run directory's weights are of, 0 where it has none."""
+    if not (directory / WEIGHTS).exists():
+        return 0
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    return int(config.get("stopped_at") or config.get("steps") or 0)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     with whole(path) as f:
         f.write(data)

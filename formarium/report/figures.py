@@ -14,31 +14,39 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLORS = ("#0f766e", "#b45309", "#1d4ed8", "#be123c", "#6d28d9", "#4d7c0f", "#0e7490", "#a21caf", "#57534e", "#92400e")
+GREY = "#9ca3af"
 
 
 def colors(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A colour for each candidate, the same in every figure."""
-    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(sorted(r["variant"] for r in rows))}
+    """A colour for each candidate, the same in every figure: of many, the best have one each and the others are grey."""
+    named = [r["variant"] for r in rows]
+    if len(named) > len(COLORS):
+        named = named[: len(COLORS)]  # rows stand best first
+    tint = {name: COLORS[i] for i, name in enumerate(sorted(named))}
+    return {r["variant"]: tint.get(r["variant"], GREY) for r in rows}
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool = True) -> Figure:
-    """Score against latency, one point a candidate with its interval; the line joins those that no other beats in both."""
+    """Score against latency, one point a candidate with its interval (hollow: stopped early); the line joins those that no other of
+    the finished beats in both."""
     good = [r for r in rows if r["ok"] and r.get("latency_ms")]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes, tint = figure.subplots(), colors(rows)
     sign = 1 if higher_is_better else -1
     best, front = float("-inf"), []
-    for r in sorted(good, key=lambda r: (r["latency_ms"], -sign * r["metrics"][metric])):
+    finished = [r for r in good if not r.get("stopped")]
+    for r in sorted(finished, key=lambda r: (r["latency_ms"], -sign * r["metrics"][metric])):
         if sign * r["metrics"][metric] > best:
             best = sign * r["metrics"][metric]
             front.append(r)
-    axes.plot([r["latency_ms"] for r in front], [r["metrics"][metric] for r in front], color="#9ca3af", lw=1.2, zorder=1)
+    axes.plot([r["latency_ms"] for r in front], [r["metrics"][metric] for r in front], color=GREY, lw=1.2, zorder=1)
     for r in good:
         x, y = r["latency_ms"], r["metrics"][metric]
         low, high = r["intervals"].get(metric, (y, y))
         axes.errorbar(
-            x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", color=tint[r["variant"]], ms=7, lw=1, capsize=2, zorder=2
-        )
+            x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", color=tint[r["variant"]], ms=7, lw=1, capsize=2, zorder=2,
+            markerfacecolor="white" if r.get("stopped") else None,
+        )  # fmt: skip
         axes.annotate(_name(r["variant"]), (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8.5, color=tint[r["variant"]])
     axes.set_xlabel("latency, ms (one sample)")
     axes.set_ylabel(metric)
@@ -58,7 +66,7 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], metric: s
     loss.set_ylabel("training loss")
     held.set_xlabel("step")
     held.set_ylabel(f"held-out {metric}")
-    held.legend(fontsize=8, frameon=False, loc="lower right")
+    held.legend(fontsize=8 if len(curves) <= 10 else 6, frameon=False, loc="lower right")
     return _quiet(figure)
 
 

@@ -102,6 +102,8 @@ def verdict(r: Mapping[str, Any]) -> list[str]:
         f"{base['name'].capitalize()} reaches {base[metric]:.3f}; "
         + (f"not better: {', '.join(under)}." if under else "every candidate is better.")
     )
+    if stopped := r.get("stopped"):
+        said.append(f"Stopped early, behind the others when they were judged: {', '.join(stopped)}; their scores are those of that moment.")
     failed = [row["variant"] for row in r["candidates"] if not row["ok"]]
     if failed:
         said.append(f"Failed: {', '.join(failed)}.")

@@ -13,6 +13,7 @@ import torch
 import formarium
 from formarium import compare, create
 from formarium.engine import comparison as c
+from formarium.engine import trials
 from formarium.engine.benchmarking import activation_peak, bench, cost, matmul_peak
 from formarium.errors import BadInput, NoCandidates, RunExists, UnknownName
 from formarium.task import Data
@@ -108,23 +109,76 @@ def test_an_output_directory_is_never_lost(data, compared, tmp_path):
 
 def test_resuming_takes_finished_candidates_from_disk(data, compared, monkeypatch):
     result, out = compared
-    monkeypatch.setattr(c, "fit", lambda *a, **k: pytest.fail("fitted again"))
+    monkeypatch.setattr(trials, "fit", lambda *a, **k: pytest.fail("fitted again"))
     again = compare(data, out=out, resume=True, **FAST)
     assert [(r["variant"], r["metrics"]) for r in again.rows] == [(r["variant"], r["metrics"]) for r in result.rows]
 
 
 def test_a_candidate_that_fails_is_told_and_the_others_go_on(data, tmp_path, monkeypatch):
-    plain = c.fit
+    plain = trials.fit
 
     def fit(model, *args, **kwargs):
         if model == "pvt_micro":
             raise RuntimeError("out of luck")
         return plain(model, *args, **kwargs)
 
-    monkeypatch.setattr(c, "fit", fit)
+    monkeypatch.setattr(trials, "fit", fit)
     result = compare(data, out=tmp_path / "out", **FAST)
     assert [r["ok"] for r in result.rows] == [True, False] and "out of luck" in result.rows[1]["error"]
     assert "out of luck" in (tmp_path / "out" / "report.html").read_text()
+
+
+FIELD = {**FAST, "systems": ["pvt", "efficientvit", "smt", "iformer"], "budget": "8steps"}
+
+
+@pytest.fixture(scope="module")
+def halved(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("halving") / "out"
+    return compare(data, out=out, **FIELD), out
+
+
+def test_the_lower_half_is_stopped_early_and_said_to_be(data, halved):
+    result, out = halved
+    assert [(r["steps"], r["stopped"]) for r in result.rows] == [(8, False)] * 3 + [(4, True)]
+    last = result.rows[-1]["variant"]
+    assert result.results["stopped"] == [last]
+    found = {r["variant"]: trials.Trial(r["variant"], 0, data, out, 8, 2, 24, "auto", 0).score(4) for r in result.rows}
+    assert found[last] == min(found.values()) > 0
+    page = (out / "report.html").read_text()
+    assert "stopped after 4 steps" in page and "Stopped early" in page
+    assert formarium.load(out / "runs" / f"{last}-0").variant == last
+
+
+def test_who_goes_on_ends_as_if_never_stopped(data, halved, tmp_path):
+    whole = compare(data, out=tmp_path / "whole", stop_early=False, **FIELD)
+    assert not whole.results["stopped"]
+    scores = {r["variant"]: r["metrics"] for r in whole.rows}
+    assert all(scores[r["variant"]] == r["metrics"] for r in halved[0].rows if not r["stopped"])
+
+
+def test_rungs_halve_the_field_and_the_time():
+    assert trials.rungs(400, 19) == [(100, 19), (200, 10), (400, 5)] and trials.share(400, 19) == 19 / 4 + 10 / 4 + 5 / 2
+    assert trials.rungs(400, 3) == trials.rungs(400, 3, early=False) == [(400, 3)]
+    assert trials.rungs(400, 8, per_epoch=300) == [(300, 8), (400, 4)]  # never within the first epoch
+    assert trials.rungs(40, 19, per_epoch=50) == [(40, 19)]
+
+
+def test_stopping_early_leaves_more_steps_to_the_same_time(data):
+    made = [c._Candidate.make(formarium.card(s), formarium.card(s).micro, data) for s in ("pvt", "smt", "iformer", "efficientvit")]
+    whole, halved = (c.plan("10m", made, data, 1, 64, early) for early in (False, True))
+    assert halved * trials.share(halved, 4) == pytest.approx(4 * whole, rel=0.01)
+
+
+def test_on_ray_the_results_have_the_same_form(data, compared, halved, tmp_path):
+    pytest.importorskip("ray")
+    result = compare(data, out=tmp_path / "out", engine="ray", **{**FIELD, "jobs": 2})
+    assert {*result.results} == {*halved[0].results} and {*result.rows[0]} == {*halved[0].rows[0]}
+    ours = {r["variant"]: r for r in halved[0].rows}
+    assert {r["variant"] for r in result.rows} == {*ours} and result.rows[0]["steps"] == 8
+    for r in result.rows:  # the same fits, wherever both went as far
+        assert r["steps"] != ours[r["variant"]]["steps"] or r["metrics"] == ours[r["variant"]]["metrics"]
+    with pytest.raises(UnknownName, match="engine"):
+        compare(data, out=tmp_path / "other", engine="slurm", **FAST)
 
 
 def test_the_fingerprint_knows_pixels_and_labels(data):

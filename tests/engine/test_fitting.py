@@ -197,3 +197,20 @@ def test_a_loss_that_is_no_number_stops_the_fit_and_keeps_the_last_good_state(mo
         kept = formarium.load(tmp_path / "run")
     assert all(v.isfinite().all() for v in kept.state_dict().values())
     assert [r["step"] for r in runs.read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"] == [1, 2]
+
+
+def test_stopped_at_a_step_it_is_whole_and_goes_on_as_if_it_had_never_stopped(data, tmp_path):
+    how = {"steps": 6, "batch_size": 8, "progress": False}
+    straight = formarium.fit("efficientvit_micro", data, tmp_path / "a", **how)
+    stopped = formarium.fit("efficientvit_micro", data, tmp_path / "b", until=2, **how)
+    assert stopped.config["stopped_at"] == 2 and stopped.summary["accuracy"] >= 0
+    assert formarium.load(tmp_path / "b").variant == "efficientvit_micro"
+    again = formarium.fit("efficientvit_micro", data, tmp_path / "b", until=2, resume=True, **how)
+    assert again.config["stopped_at"] == 2
+    formarium.fit("efficientvit_micro", data, tmp_path / "b", until=4, resume=True, **how)
+    whole = formarium.fit("efficientvit_micro", data, tmp_path / "b", resume=True, **how)
+    assert "stopped_at" not in whole.config and not (tmp_path / "b" / "checkpoint" / "state.pt").exists()
+    for (name, x), y in zip(straight.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+    with pytest.raises(BadInput, match="until"):
+        formarium.fit("efficientvit_micro", data, until=0, **how)
