@@ -26,6 +26,7 @@ _HOMES = {
     "compare": "formarium.engine",
     "bench": "formarium.engine",
     "look": "formarium.engine",
+    "shrink": "formarium.engine",
     "export": "formarium.exporters",
     "verify": "formarium.engine",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "look",
     "predict",
+    "shrink",
     "trace",
     "verify",
 ]
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from formarium.catalogue import card, create, find, list
-    from formarium.engine import bench, compare, evaluate, fit, load, look, predict, verify
+    from formarium.engine import bench, compare, evaluate, fit, load, look, predict, shrink, verify
     from formarium.exporters import export
     from formarium.features import trace
 

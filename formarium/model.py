@@ -72,6 +72,7 @@ class Model(nn.Module):
         self.card: Card | None = None
         self.variant: str = ""
         self.names: list[str] = []  # of the classes it was fitted to, where its task has classes
+        self.changes: list[dict[str, Any]] = []  # by methods that changed it in place: {"method": slug, "options": {...}}, in order
         self.precision: str = ""  # what its fit found harmless to predict in, where it was fitted here
 
     # what a model may say of itself -------------------------------------------------------------------------------

@@ -355,6 +355,42 @@ def look(
 
 
 @app.command()
+def shrink(
+    run: Annotated[str, typer.Argument(help="A run directory, or a variant's name (fitted first).")],
+    method: Annotated[str, typer.Option(help="sit_slim, ofb, llm_int8, lgvit ... (formarium list --kind method).")],
+    data: Annotated[str, typer.Option(help=DATA)],
+    target: Annotated[float | None, typer.Option(help="How much to keep, as the method counts it: 0.5 is half.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The run directory to write (RUN-METHOD by default).")] = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the method: --set KEY=VALUE")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Make a run smaller or faster; its size, latency and scores before and after.
+
+    Example: formarium shrink runs/smt --method ofb --data sample:digits --target 0.5
+    """
+    from formarium.engine import shrink as apply
+
+    where = out or Path(f"{run}-{method}" if Path(run).is_dir() else f"runs/{run}-{method}")
+    found = apply(
+        run, method, data, target=target, out=where, epochs=epochs, steps=steps, seed=seed, overwrite=overwrite, **options(set_)
+    )  # fmt: skip
+    if json:
+        print_json({"method": method, "rows": found.rows(), "path": str(where)})
+        return
+
+    def shown(v: float) -> str:
+        return f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
+
+    table(["", "before", "after", "change"], [[r["what"].replace("_", " "), shown(r["before"]), shown(r["after"]),
+          f"x{r['ratio']:.2f}" if "ratio" in r else f"{r['difference']:+.4f}"] for r in found.rows()])  # fmt: skip
+    say(f"run: {where}")
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A run directory, or a variant's name.")],
     path: Annotated[Path, typer.Argument(help="model.onnx or model.pt2")],

@@ -1,4 +1,4 @@
-"""fit, evaluate, predict, compare, bench, look, verify: what is done with any system."""
+"""fit, evaluate, predict, compare, bench, look, shrink, verify: what is done with any system."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _HOMES = {
     "compare": "formarium.engine.comparison",
     "bench": "formarium.engine.benchmarking",
     "look": "formarium.engine.looking",
+    "shrink": "formarium.engine.shrinking",
     "verify": "formarium.engine.records",
 }
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 
 import formarium
-from formarium.catalogue import cards, create, freeze, make_config, model_class
+from formarium.catalogue import cards, create, freeze, make_config, model_class, system_class
 from formarium.errors import BadCheckpoint, BadInput, FormariumError, RunExists, UnknownName
 from formarium.model import Model
 from formarium.task import Data, task
@@ -171,7 +171,7 @@ def describe(model: Model, data: Data | None = None) -> dict[str, Any]:
     """What config.json says of a model."""
     if model.card is None:
         raise BadInput("model", expected="one made by formarium.create", got=type(model).__name__)
-    said = {
+    said: dict[str, Any] = {
         "formarium": formarium.__version__,
         "system": model.card.slug,
         "variant": model.variant,
@@ -180,6 +180,8 @@ def describe(model: Model, data: Data | None = None) -> dict[str, Any]:
         "preprocessing": model.preprocessing,
         "names": [*(data.names if data else getattr(model, "names", ()))],
     }
+    if model.changes:
+        said["changes"] = model.changes
     if data is not None:
         said["data"] = {"name": data.name, **data.source, "sizes": {k: len(v) for k, v in data.splits.items()}, "notes": data.notes}
     return said
@@ -272,6 +274,8 @@ def build(config: Mapping[str, Any], **changes: Any) -> Model:
         raise BadCheckpoint(f"{config['variant']}'s {CONFIG} (of formarium {made}) doesn't fit {formarium.__version__}: {e}") from None
     model.adopt(card, config["variant"], config.get("preprocessing", {}))
     model.names = [*config.get("names", [])]
+    for change in config.get("changes", []):
+        model = system_class(cards()[change["method"]])(**change["options"]).apply(model)
     return model
 
 

@@ -356,7 +356,9 @@ def gram(x: Tensor) -> Tensor:
 
 class LGViT(Method):
     """exits: how many, or after which blocks (from 1). heads: one of conv1_1, conv2_1, attention_r1, _r2, _r3 an exit; by default the
-    paper's order. strategy, threshold, patience: when a sample leaves (see EarlyExit.Config)."""
+    paper's order. strategy, threshold, patience: when a sample leaves (see EarlyExit.Config). target: the share of the blocks that may run
+    on
+    average, above 0 and at most 1; `settle` then chooses the threshold that keeps to it, on training data."""
 
     network = EarlyExit
 
@@ -367,10 +369,13 @@ class LGViT(Method):
         strategy: str = "confidence",
         threshold: float = 0.8,
         patience: int = 3,
+        target: float | None = None,
     ):
+        if target is not None and not 0 < target <= 1:
+            raise BadInput("target", expected="a share of the blocks, above 0 and at most 1", got=repr(target))
         if strategy not in STRATEGIES:
             raise UnknownName("strategy", strategy, STRATEGIES)
-        self.exits, self.heads = exits, tuple(heads)
+        self.exits, self.heads, self.target = exits, tuple(heads), target
         self.options = {"strategy": strategy, "threshold": threshold, "patience": patience}
 
     def needs(self, model: Model) -> str:
@@ -389,6 +394,28 @@ class LGViT(Method):
         places = default_places(blocks, self.exits) if isinstance(self.exits, int) else tuple(self.exits)
         config = EarlyExit.Config(**trunk_fields(model), exits=places, heads=self.heads or default_heads(len(places)), **self.options)
         return finish(EarlyExit(config, model), "lgvit", model)
+
+    @torch.no_grad()
+    def settle(self, model: EarlyExit, data: Any, samples: int = 512) -> bool:
+        """The largest confidence to ask for at which no more than the target's share of the blocks runs, on training samples."""
+        if self.target is None:
+            return False
+        model.eval()
+        sure = [
+            model(model.normalise(b["image"])).exits.float().softmax(-1).amax(-1)
+            for b in _batches(model, data, split="train", most=samples)
+        ]
+        confidence = torch.cat(sure, 1)  # exits n
+        blocks = torch.tensor([*model.config.exits, len(model.places)], dtype=torch.float64) / len(model.places)
+        best = 0.0
+        for threshold in torch.linspace(0, 1, 401, dtype=torch.float64).tolist():
+            leaves = torch.cat([confidence > threshold, torch.ones_like(confidence[:1], dtype=torch.bool)])
+            if blocks[leaves.int().argmax(0)].mean() > self.target:
+                break
+            best = threshold
+        model.strategy, model.threshold = "confidence", best
+        model.reconfigure(strategy="confidence", threshold=best)
+        return True
 
 
 # what it buys -------------------------------------------------------------------------------------------------------
@@ -430,7 +457,7 @@ def speed_accuracy(model: EarlyExit, data: Any, thresholds: Sequence[float] = (0
     return rows
 
 
-def _batches(model: EarlyExit, data: Any, size: int = 64) -> list[dict[str, Any]]:
+def _batches(model: EarlyExit, data: Any, size: int = 64, split: str = "val", most: int | None = None) -> list[dict[str, Any]]:
     from formarium.task import Data, task
 
     own = task(model.task)
@@ -438,7 +465,7 @@ def _batches(model: EarlyExit, data: Any, size: int = 64) -> list[dict[str, Any]
         data = own.sample(data.removeprefix("sample:")) if data.startswith("sample:") else own.read(data)
     if isinstance(data, Data):
         ready, rng = own.transform(model.preprocessing), np.random.default_rng(0)
-        held = data.splits["val"]
-        samples = [ready(held[i], rng) for i in range(len(held))]
+        held = data.splits[split]
+        samples = [ready(held[i], rng) for i in range(min(len(held), most or len(held)))]
         data = [own.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
     return [{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in data]

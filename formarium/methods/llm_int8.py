@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from formarium.errors import BadCheckpoint, BadInput
 from formarium.lens import Report
-from formarium.method import Method
+from formarium.method import Method, remember
 from formarium.methods.llm_int8_report import Inputs, outlier_report
 from formarium.nn.int8 import Int8Linear, pack
 
@@ -78,6 +78,7 @@ class LLMInt8(Method):
         for module in model.modules():  # torch's fused encoder layer would read the weights and pass the int8 layers by
             if isinstance(module, nn.TransformerEncoderLayer):
                 module.activation_relu_or_gelu = 0
+        remember(model, "llm_int8", threshold=self.threshold, include=[*self.include], exclude=[*self.exclude])
         return model
 
     def report(self, model: Any, data: Inputs, before: Any = None) -> Report:

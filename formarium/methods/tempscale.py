@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from formarium.errors import BadInput
-from formarium.method import Method
+from formarium.method import Method, remember
 from formarium.nn.softmax_attention import SoftmaxAttention
 
 CROSS = ("*EncDecAttention*", "*crossattention*", "*cross_attn*", "*encoder_attn*", "*multihead_attn*")  # as common models call it
@@ -51,7 +51,7 @@ class TempScale(Method):
 
     def apply(self, model: Any, data: Any = None) -> Any:
         """The same model, changed in place; its weights and the names in its state dict stay as they are, so the temperature isn't
-        saved with them. Applied again, the new temperature replaces the old. `data` isn't needed.
+        saved with them (a run directory remembers it). Applied again, the new temperature replaces the old. `data` isn't needed.
 
         Raises BadInput where there is no attention, or, at the first forward, where a module computes none that can be reached.
         """
@@ -62,6 +62,7 @@ class TempScale(Method):
         for module in model.modules():  # torch's fused encoder layer would pass its attention by
             if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.self_attn, Tempered):
                 temper(module, self.temperature, "encoder layer")
+        remember(model, "tempscale", temperature=self.temperature, include=[*self.include], exclude=[*self.exclude])
         return model
 
     @staticmethod
@@ -71,6 +72,8 @@ class TempScale(Method):
             if isinstance(module, Tempered):
                 module.__class__ = type(module).__bases__[1]
                 del module.temperature, module.tempered_name
+        if hasattr(model, "changes"):
+            model.changes = [c for c in model.changes if c["method"] != "tempscale"]
         return model
 
 
