@@ -20,11 +20,8 @@ def test_int8_takes_fewer_bytes_and_its_run_loads_as_it_was_saved(fitted, data, 
     assert found.after.bytes < found.before.bytes and found.after.parameters == found.before.parameters
     assert found.after.latency_ms > 0 and abs(found.after.metrics["accuracy"] - found.before.metrics["accuracy"]) < 0.1
     rows = {r["what"]: r for r in found.rows()}
-    assert (
-        rows["bytes"]["ratio"] < 0.9
-        
+    assert rows["bytes"]["ratio"] < 0.9
     assert rows["accuracy"]["difference"] == found.after.metrics["accuracy"] - found.before.metrics["accuracy"]
-    )
     again = formarium.load(tmp_path / "int8")
     assert again.changes == found.run.model.changes and again.changes[0]["method"] == "llm_int8"
     (image,) = again.example(2)
