@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                                  every system, batch 1 and 32, float32 (and bfloat16 where native)
     python benchmarks/speed.py --systems tnt pvt --batches 1 --repeats 9 --threads 1
+    python benchmarks/speed.py --references clones              beside the authors' own code (see benchmarks/references)
 
 Peers: timm for tnt, crossvit and efficientvit, transformers for pvt and vitpose, MONAI for swin_unetr, torch's dynamic quantisation for
 llm_int8 (four layers of a base encoder); the other backbones have none and stand alone. A and B take turns; the ratio is
@@ -17,6 +18,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -182,6 +184,30 @@ def others(wanted: list[str], batch: int, repeats: int) -> list[dict[str, object
     return rows
 
 
+def beside_references(clones: Path, wanted: list[str], repeats: int) -> list[dict[str, object]]:
+    """Every system that has a module in benchmarks/references and a clone of its authors' repository."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import references
+
+    rows: list[dict[str, object]] = []
+    for slug, module in references.modules().items():
+        clone = clones / module.REPOSITORY
+        if wanted and slug not in wanted:
+            continue
+        if not clone.is_dir():
+            print(f"{slug}: no clone of {module.REPOSITORY} in {clones}")
+            continue
+        for found in module.pairs(clone):
+            a, b, ratio = pair(found.ours, found.theirs, repeats)
+            rows.append({"variant": found.name, "mode": found.mode, "ms": a * 1e3, "peer_ms": b and b * 1e3, "ratio": ratio,
+                         "peer": module.REPOSITORY})  # fmt: skip
+            print(f"{found.name:44} {found.mode:8} {a * 1e3:9.1f} {(b or 0) * 1e3:9.1f} {ratio:6.2f}  {module.REPOSITORY}", flush=True)
+    if rows:
+        ratios = [float(str(r["ratio"])) for r in rows]
+        print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, lowest {min(ratios):.2f}")
+    return rows
+
+
 def matmul_peak(dtype: torch.dtype, n: int = 1536) -> float:
     """GFLOP/s of a square matmul, the best of a few."""
     a = torch.randn(n, n, dtype=dtype)
@@ -246,7 +272,8 @@ def pair(ours: Callable[[], object], theirs: Callable[[], object] | None, repeat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="*", default=[*SMALLEST, *OTHERS])
+    parser.add_argument("--systems", nargs="*")
+    parser.add_argument("--references", type=Path, help="a folder of clones of the authors' repositories: time beside those instead")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32])
     parser.add_argument("--modes", nargs="*", default=["forward", "train"])
     parser.add_argument("--repeats", type=int, default=5, help="pairs at least; short ones are repeated for 8 seconds")
@@ -254,6 +281,11 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows to this file too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.references:
+        rows = beside_references(args.references, args.systems or [], args.repeats)
+        write(args.json, rows)
+        return
+    args.systems = args.systems or [*SMALLEST, *OTHERS]
     dtypes = [torch.float32, *([torch.bfloat16] if has_native_bf16() else [])]
     peaks = {d: matmul_peak(d) for d in dtypes}
     print(f"{args.threads} threads, matmul peak " + ", ".join(f"{str(d)[6:]} {p:.0f} GFLOP/s" for d, p in peaks.items()))
@@ -283,9 +315,12 @@ def main() -> None:
                     print(f"{name:24} {mode:8} {batch:5} {row['dtype']:>9} {row['ms']:9.1f} {row['peer_ms'] or float('nan'):9.1f} "
                           f"{ratio or float('nan'):6.2f} {rate:8.1f} {row['of_peak']:8.0%}  {peer}", flush=True)  # fmt: skip
     rows += others([s for s in args.systems if s in OTHERS], 1, args.repeats)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(rows, f, indent=1)
+    write(args.json, rows)
+
+
+def write(path: str | None, rows: list[dict[str, object]]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
