@@ -9,7 +9,6 @@ A module has REPOSITORY = "OWNER/NAME" and `pairs(clone: Path) -> Iterator[Pair]
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 import sys
 import types
@@ -21,6 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from formarium.authors import load_state
+from formarium.engine.records import build, flatten, read_record
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Pair:
 
 def modules() -> dict[str, Any]:
     """The module of each system, by slug."""
-    return {m.name: importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}
+    found = {m.name: importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}
+    return {name: module for name, module in found.items() if hasattr(module, "pairs")}
 
 
 @contextmanager
@@ -78,6 +81,63 @@ def _stub(name: str, offers: dict[str, Any]) -> types.ModuleType:
     for key, value in offers.items():
         setattr(made, key, value)
     return made
+
+
+TO_TWO = {"to_2tuple": lambda n: n if isinstance(n, tuple) else (n, n), "trunc_normal_": nn.init.trunc_normal_}
+TIMM: dict[str, Any] = {  # of its old layout, as much as backbones ask for; a DropPath of rate 0 is what both sides have here
+    "timm": {},
+    "timm__data": {"IMAGENET_DEFAULT_MEAN": (), "IMAGENET_DEFAULT_STD": (), "IMAGENET_INCEPTION_MEAN": (), "IMAGENET_INCEPTION_STD": ()},
+    "timm__data__constants": {"IMAGENET_DEFAULT_MEAN": (), "IMAGENET_DEFAULT_STD": ()},
+    "timm__data__transforms": {},
+    "timm__models": {},
+    "timm__models__helpers": {},
+    "timm__models__layers": {"DropPath": lambda *a: nn.Identity(), **TO_TWO},
+    "timm__models__layers__helpers": TO_TWO,
+    "timm__layers": {"DropPath": lambda *a: nn.Identity(), **TO_TWO},
+    "timm__models__registry": {"register_model": lambda f: f},
+    "timm__models__resnet": {},
+    "timm__models__vision_transformer": {"_cfg": lambda **k: k},
+    "torchvision": {},
+    "torchvision__transforms": {},
+}
+
+
+@dataclass
+class Recorded:
+    """Ours, as a parity record describes it and with its weights; the record's constructor of theirs, its inputs, its weights."""
+
+    ours: Any
+    constructor: dict[str, Any]
+    inputs: tuple[Tensor, ...]
+    state: dict[str, Tensor]
+
+    def same(self, theirs: nn.Module, ours: Callable[[], Any] | None = None, other: Callable[[], Any] | None = None) -> nn.Module:
+        """Theirs with the record's weights, after a look whether both say the same of the record's inputs."""
+        own = theirs.state_dict()
+        theirs.load_state_dict({k: v.reshape(own[k].shape) for k, v in self.state.items() if k in own}, strict=False)
+        with torch.no_grad():
+            a = flatten((ours or (lambda: self.ours.eval()(*self.inputs)))())
+            b = flatten((other or (lambda: theirs.eval()(*self.inputs)))())
+        for x, y in zip(a.values(), b.values(), strict=False):
+            if x.shape == y.shape and not torch.allclose(x.float(), y.float(), atol=1e-3 * float(y.abs().max()) + 1e-6):
+                raise SystemExit(f"{type(theirs).__name__} says something else than formarium: {(x - y).abs().max():.2g}")
+        return theirs
+
+
+def recorded(slug: str, name: str) -> Recorded:
+    """Of tests/parity/SLUG/NAME.safetensors."""
+    record = read_record(Path(__file__).resolve().parents[2] / "tests" / "parity" / slug / f"{name}.safetensors")
+    ours = build(record)
+    load_state(ours, record.state)
+    return Recorded(ours, dict(record.header["reference"]["constructor"]), tuple(record.inputs.values()), record.state)
+
+
+def both(name: str, ours: nn.Module, theirs: nn.Module, *inputs: Tensor, modes: tuple[str, ...] = ("forward", "train")) -> Iterator[Pair]:
+    """The usual two pairs: a forward, and a training step on the mean of the output's squares."""
+    if "forward" in modes:
+        yield Pair(name, "forward", forward(ours, *inputs), forward(theirs, *inputs))
+    if "train" in modes:
+        yield Pair(name, "train", step(ours, lambda: squares(ours(*inputs))), step(theirs, lambda: squares(theirs(*inputs))))
 
 
 def forward(model: nn.Module, *inputs: Any) -> Callable[[], Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.mlp import gelu_between
 
 
 class Attention(nn.Module):
@@ -32,7 +33,7 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return gelu_between(x, self.c_fc, self.c_proj, "tanh")
 
 
 class Block(nn.Module):

@@ -16,6 +16,11 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, out or dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
-            return feed_forward(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return self.fc2(nn.functional.gelu(self.fc1(x)))  # a method has put another layer in place (int8, adapters)
+        return gelu_between(x, self.fc1, self.fc2)
+
+
+def gelu_between(x: Tensor, fc1: nn.Module, fc2: nn.Module, approximate: str = "none") -> Tensor:
+    """fc2(gelu(fc1(x))), fast where both are plain linear layers (a method may have put others in their place: int8, adapters)."""
+    if type(fc1) is nn.Linear and type(fc2) is nn.Linear:
+        return feed_forward(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, approximate)
+    return fc2(nn.functional.gelu(fc1(x), approximate=approximate))

@@ -19,6 +19,7 @@ from formarium.features import Tap
 from formarium.model import Batch, Losses
 from formarium.nn.attention import SelfAttention
 from formarium.nn.diffusion import GaussianDiffusion, TimestepEmbedder, beta_schedule, sincos_grid, sincos_table
+from formarium.nn.mlp import gelu_between
 from formarium.tasks.video_generation.masks import condition_mask
 from formarium.tasks.video_generation.model import VideoGenerator, Videos
 
@@ -69,7 +70,7 @@ class Block(nn.Module):
         y = modulate(self.norm(x), shift1, scale1)
         x = x + gate1 * self.attention(y.reshape(b * t, n, d)).view(b, t, n, d)
         x = self.tap(x.flatten(1, 2), grid=grid).view(b, t, n, d)
-        y = self.fc2(F.gelu(self.fc1(modulate(self.norm(x), shift2, scale2)), approximate="tanh"))
+        y = gelu_between(modulate(self.norm(x), shift2, scale2), self.fc1, self.fc2, "tanh")
         return x + gate2 * y
 
 

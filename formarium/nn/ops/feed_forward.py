@@ -16,25 +16,25 @@ from torch import Tensor
 SLAB = 1 << 20  # floats of hidden activations at a time (4 MB), the best of 2^16 .. 2^21 on two machines with 32 MB of shared cache
 
 
-def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, GELU (exact), w2 [out, hidden], b2."""
-    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
+    """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, GELU (exact, or "tanh"), w2 [out, hidden], b2."""
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
-def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
     """As `feed_forward_plain`; in slabs where that pays: eager, on the CPU, without autocast, and more than one slab (eight for training,
     whose smaller products are better left whole)."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return feed_forward_plain(x, w1, b1, w2, b2)
+        return feed_forward_plain(x, w1, b1, w2, b2, approximate)
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2))
     if x.numel() // x.shape[-1] * w1.shape[0] <= SLAB * (8 if train else 1):
-        return feed_forward_plain(x, w1, b1, w2, b2)
-    return _Slabs.apply(x, w1, b1, w2, b2)
+        return feed_forward_plain(x, w1, b1, w2, b2, approximate)
+    return _Slabs.apply(x, w1, b1, w2, b2, approximate)
 
 
 class _Slabs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         step = max(1, SLAB // w1.shape[0])
         train = any(ctx.needs_input_grad)
@@ -44,10 +44,10 @@ class _Slabs(torch.autograd.Function):
             hidden = torch.addmm(b1, rows[start : start + step], w1.t())
             if train:
                 kept.append(hidden)
-            active = F.gelu(hidden) if train else torch.ops.aten.gelu_(hidden)
+            active = F.gelu(hidden, approximate=approximate) if train else torch.ops.aten.gelu_(hidden, approximate=approximate)
             torch.addmm(b2, active, w2.t(), out=out[start : start + step])
         if train:
-            ctx.step = step
+            ctx.step, ctx.approximate = step, approximate
             ctx.save_for_backward(x, w1, w2, *kept)
         return out.view(*x.shape[:-1], -1)
 
@@ -60,9 +60,9 @@ class _Slabs(torch.autograd.Function):
         dw2 = torch.zeros_like(w2)
         for i, hidden in enumerate(kept):
             at = slice(i * ctx.step, i * ctx.step + hidden.shape[0])
-            dw2.addmm_(grad[at].t(), F.gelu(hidden))
-            dhidden = torch.ops.aten.gelu_backward(grad[at] @ w2, hidden)
+            dw2.addmm_(grad[at].t(), F.gelu(hidden, approximate=ctx.approximate))
+            dhidden = torch.ops.aten.gelu_backward(grad[at] @ w2, hidden, approximate=ctx.approximate)
             dw1.addmm_(dhidden.t(), rows[at])
             db1 += dhidden.sum(0)
             torch.mm(dhidden, w1, out=dx[at])
-        return dx.view_as(x), dw1, db1, dw2, grad.sum(0)
+        return dx.view_as(x), dw1, db1, dw2, grad.sum(0), None
