@@ -161,6 +161,11 @@ TASKS = {
     "speech-separation": "formarium.tasks.speech_separation",
     "formula-recognition": "formarium.tasks.formula_recognition",
     "operator-learning": "formarium.tasks.operator_learning",
+    "deepfake-detection": "formarium.tasks.deepfake_detection",
+    "object-localisation": "formarium.tasks.object_localisation",
+    "slide-classification": "formarium.tasks.slide_classification",
+    "medical-classification": "formarium.tasks.medical_classification",
+    "semantic-segmentation": "formarium.tasks.semantic_segmentation",
 }
 
 

@@ -54,7 +54,7 @@ class Recipe:
 
 
 _CORE = {f.name for f in fields(Recipe)} - {"augment"}
-_NOT_RECIPE = {"variant", "baseline", "margin", "example", "data"}
+_NOT_RECIPE = {"backbones", "variant", "baseline", "margin", "example", "data"}
 
 
 def make_recipe(values: Mapping[str, Any], task: str) -> Recipe:
