@@ -21,6 +21,7 @@ class Variant:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)  # what differs from the card's
     recipe: Mapping[str, Any] = field(default_factory=dict)  # what differs from the card's
     base: str = ""  # the variant whose config this one starts from
+    task: str = ""  # where it isn't the card's
 
     @property
     def parameters(self) -> int | None:
@@ -57,6 +58,9 @@ class Card:
     def micro(self) -> Variant | None:
         """The variant for tests and demonstrations, by convention SLUG_micro."""
         return self.variants.get(f"{self.slug}_micro")
+
+    def task_of(self, variant: Variant | None) -> str:
+        return (variant.task if variant else "") or self.task
 
     def preprocessing_of(self, variant: Variant) -> dict[str, Any]:
         return {**self.preprocessing, **variant.preprocessing}
@@ -104,5 +108,6 @@ def _variants(table: Mapping[str, Any], path: Path) -> dict[str, Variant]:
             preprocessing={**(inherited.preprocessing if inherited else {}), **entry.get("preprocessing", {})},
             recipe={**(inherited.recipe if inherited else {}), **entry.get("recipe", {})},
             base=base,
+            task=entry.get("task", inherited.task if inherited else ""),
         )
     return out

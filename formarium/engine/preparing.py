@@ -29,12 +29,13 @@ def prepare(
     card, variant = resolve(name) if start is None else (start.model.card, start.model.card.variants.get(start.model.variant))  # type: ignore[union-attr]
     assert card is not None
     overrides = {k: v for k, v in overrides.items() if v is not None}
+    task = card.task_of(variant) if start is None else start.model.task
     if isinstance(recipe, Recipe):
-        chosen = make_recipe({**recipe.as_dict(), **overrides}, card.task)
+        chosen = make_recipe({**recipe.as_dict(), **overrides}, task)
     else:
         kind, keys = (recipe, {}) if isinstance(recipe, str) else (None, recipe or {})
         chosen = recipe_for(card, variant, kind, **{**keys, **overrides})
-    found = as_data(data, card.task) if start is None else data_for(start.model, data)
+    found = as_data(data, task) if start is None else data_for(start.model, data)
     for split in ("train", "val"):
         split_of(found, split)
     fields = model_class(card).Config.__dataclass_fields__

@@ -77,7 +77,7 @@ def recipe_for(system: str | Card | Model, variant: Variant | None = None, kind:
     isn't. Raises UnknownName for a name or key nothing carries, BadInput for a value that can't be.
     """
     card, variant = _card_of(system, variant)
-    task = task_of(card.task)
+    task = task_of(card.task_of(variant))
     overrides = {k: v for k, v in overrides.items() if v is not None}
     if kind is None:
         kind = "published" if variant is not None and variant.published else "demo"
@@ -87,11 +87,12 @@ def recipe_for(system: str | Card | Model, variant: Variant | None = None, kind:
             values["lr"] = values["lr"] * overrides["batch_size"] / values["batch_size"]
     elif kind == "demo":
         values = {**task.demo_defaults, **{k: v for k, v in card.demo.items() if k not in _NOT_RECIPE and not k.startswith("no_")}}
+        values |= variant.recipe if variant is not None and not variant.published else {}
     else:
         raise BadInput("recipe", expected="published or demo", got=repr(kind))
     if "epochs" in overrides and "steps" not in overrides:
         values.pop("steps", None)
-    return make_recipe({**values, **overrides}, card.task)
+    return make_recipe({**values, **overrides}, task.name)
 
 
 def _card_of(system: str | Card | Model, variant: Variant | None) -> tuple[Card, Variant | None]:
