@@ -441,7 +441,8 @@ def demo(out: str | Path = "runs/demo", *, overwrite: bool = False, resume: bool
     beaten: dict[str, list[bool]] = {}
     for c in comparisons:
         for row in c.rows:
-            beaten.setdefault(row["variant"], []).append(bool(row["beats_baseline"]))
+            if not row["stopped"]:
+                beaten.setdefault(row["variant"], []).append(bool(row["beats_baseline"]))
     never = sorted(v for v, wins in beaten.items() if not any(wins))
     best = max(comparisons[0].rows, key=lambda r: _mean_score(r["variant"], comparisons))["variant"]
     where = next(c for c in reversed(comparisons) if c.winner is not None)
@@ -450,11 +451,12 @@ def demo(out: str | Path = "runs/demo", *, overwrite: bool = False, resume: bool
     shutil.copytree(source, folder / "winner", ignore=shutil.ignore_patterns("checkpoint", "row.json"))
     overall = {"winner": best, "never_beat_the_baseline": never, "winner_run": f"the one fitted on {where.section.title}"}
     runs.write_json(folder / "results.json", {"overall": overall, **results})
-    lead = f"{best} has the best mean accuracy over both data sets. " + (
-        f"These beat logistic regression on raw pixels on neither: {', '.join(never)}." if never
-        else "Every candidate beats logistic regression on raw pixels on at least one of them."
+    lead = f"{best} has the best mean accuracy over both data sets. Of those that were fitted to the end of either, " + (
+        f"these beat logistic regression on raw pixels on neither: {', '.join(never)}." if never
+        else "every one beats logistic regression on raw pixels on at least one of them."
     )  # fmt: skip
-    page.write(folder / "report.html", "Eight image backbones under one budget", [replace(c.section) for c in comparisons], lead)
+    title = f"{len(comparisons[0].rows)} image backbones under one budget"
+    page.write(folder / "report.html", title, [replace(c.section) for c in comparisons], lead)
     say(lead)
     return comparisons
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.features import trace
-from formarium.lenses.reading import joined, on, size_of, take
 from formarium.model import Model
+from formarium.tasks.batches import joined, on, size_of, take
 
 
 @dataclass(frozen=True)

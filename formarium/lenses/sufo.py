@@ -25,12 +25,13 @@ from formarium.lens import Lens, Report, Table
 from formarium.lenses import sufo_words as words
 from formarium.lenses.freezing import FineTune, freeze_and_tune
 from formarium.lenses.outliers import ends
-from formarium.lenses.reading import Head, ProbeHead, Reading, batches_of, joined, layer_names, load_state, name_of, named, read
+from formarium.lenses.reading import Head, ProbeHead, Reading, layer_names, load_state, name_of, named, read
 from formarium.lenses.scores import macro_f1, probe, rounded, scores, structure
 from formarium.model import Model
 from formarium.nn.components import Components, component_clusters
 from formarium.nn.similarity import cka_matrix, rsa_matrix, svcca_matrix
 from formarium.task import Data
+from formarium.tasks.batches import batches_of, joined
 
 Numbers = dict[str, Any]
 MEASURES = ("rsa", "cka", "svcca")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from formarium.methods.wrapping import Wrapped, finish, trunk_fields, why_not
 from formarium.model import Batch, Losses, Model, Stage
 from formarium.nn.attacks import fast_adversary, pgd, quarter_turns
 from formarium.nn.schedules import StepSchedule, piecewise_linear
+from formarium.tasks.batches import batches_of
 from formarium.tasks.image_classification.model import ImageClassifier
 
 EPS, STEP = 2 / 255, 2.5 / 255
@@ -132,37 +132,34 @@ class BrainScoreCrossViT(Method):
 
 
 def robustness(
-    model: Any, data: str | Path | Any, *, eps: float = EPS, step: float | None = None, iterations: int = 10, restarts: int = 1,
+    model: ImageClassifier, data: Any, *, eps: float = EPS, step: float | None = None, iterations: int = 10, restarts: int = 1,
     samples: int = 500, split: str = "val", batch_size: int = 64, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Accuracy on held-out images as they are ("clean"), turned ("90", "180", "270"), after one FGSM step ("fgsm") and after PGD ("pgd").
 
-    model: a classifier, a run or a run's path. eps, step (eps / 4 by default): in pixels of [0, 1]. Attacks see the model's own loss in
+    data: a Data, a path, "sample:NAME", samples or batches with labels. eps, step (eps / 4 by default): in pixels of [0, 1]. Attacks see
+    the model's own loss in
     evaluation mode; the same seed gives the same attack.
     """
-    from formarium.engine.runs import as_model, data_for
-    from formarium.lenses.reading import batches_of
-
-    network: Any = as_model(model)
     if eps < 0 or iterations < 1 or restarts < 1:
         raise BadInput("attack", expected="eps at least 0, one iteration and one restart at least", got=f"{eps}, {iterations}, {restarts}")
-    batches = batches_of(network, data_for(network, data), samples=samples, seed=seed, split=split)
-    was, right, total = network.training, {}, 0
-    network.eval()
+    batches = batches_of(model, data, samples=samples, seed=seed, split=split)
+    was, right, total = model.training, {}, 0
+    model.eval()
     try:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             for whole in batches:
                 for start in range(0, len(whole["label"]), batch_size):
-                    image = whole["image"][start : start + batch_size].to(network.device)
-                    label = whole["label"][start : start + batch_size].to(network.device)
-                    for name, x in _attacked(network, image, label, eps, step or eps / 4, iterations, restarts).items():
+                    image = whole["image"][start : start + batch_size].to(model.device)
+                    label = whole["label"][start : start + batch_size].to(model.device)
+                    for name, x in _attacked(model, image, label, eps, step or eps / 4, iterations, restarts).items():
                         with torch.no_grad():
-                            said = network.predict({"image": x, "label": label}).label
+                            said = model.predict({"image": x, "label": label}).label
                         right[name] = right.get(name, 0) + int((said == label).sum())
                     total += len(label)
     finally:
-        network.train(was)
+        model.train(was)
     return {name: count / total for name, count in right.items()}
 
 

@@ -11,7 +11,7 @@ The teacher, a small ResNet, comes first: parametric contrastive learning with a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -35,6 +35,8 @@ from formarium.tasks.image_classification.model import ImageClassifier, Labels
 from formarium.tasks.image_classification.trunks import ViT
 
 DISTILLATIONS = ("hard", "soft", "none")
+
+Fit = Callable[..., Any]  # formarium.fit
 
 
 # the teacher --------------------------------------------------------------------------------------------------------
@@ -432,7 +434,7 @@ def groups(counts: Sequence[int]) -> dict[str, list[int]]:
 def shot_accuracy(model: ImageClassifier, data: Data, counts: Sequence[int] = (), split: str = "val") -> dict[str, dict[str, float]]:
     """Held-out accuracy overall and of head, medium and tail classes, each the mean over its classes: of the model ("mean" of its heads),
     and for a Student of each head ("cls", "dist") and the tokens' cosine. counts: by default the data's training images a class."""
-    from formarium.lenses.reading import batches_of, on
+    from formarium.tasks.batches import batches_of, on
 
     was = model.training
     model.eval()
@@ -462,11 +464,10 @@ def shot_accuracy(model: ImageClassifier, data: Data, counts: Sequence[int] = ()
     return table
 
 
-def compare(model: ImageClassifier, data: Data, seed: int = 0, **recipe: Any) -> dict[str, dict[str, float]]:
+def compare(fit: Fit, model: ImageClassifier, data: Data, seed: int = 0, **recipe: Any) -> dict[str, dict[str, float]]:
     """Three ways to train one classifier (left as it is) on long-tailed data, by head, medium and tail accuracy: "plain" cross entropy,
-    "balanced" (two heads without a teacher, the second with deferred class-balanced weights) and "deit_lt". recipe: of all three fits."""
-    from formarium.engine.fitting import fit
-
+    "balanced" (two heads without a teacher, the second with deferred class-balanced weights) and "deit_lt". fit: `formarium.fit`. recipe:
+    of all three."""
     out = {}
     for name in ("plain", "balanced", "deit_lt"):
         made: Any = copy.deepcopy(model)

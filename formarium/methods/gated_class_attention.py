@@ -13,7 +13,7 @@ features go through all projectors since, newest first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ from formarium.task import Data
 from formarium.tasks.image_classification.model import ImageClassifier, Labels
 
 COSH_LIMIT, EMBEDDING_LIMIT = 50.0, 6.0  # of HAT's embedding gradients
+
+Fit = Callable[..., Any]  # formarium.fit
 
 
 # the paper's backbone -----------------------------------------------------------------------------------------------
@@ -503,7 +505,7 @@ def accuracies(
 ) -> tuple[list[float], list[float]]:
     """(of each task's held-out images the accuracy among all classes, the same among the task's own). classes: a task's labels, by default
     as the Continual model has them."""
-    from formarium.lenses.reading import batches_of, on
+    from formarium.tasks.batches import batches_of, on
 
     was, own = model.training, classes or model.classes  # type: ignore[attr-defined]
     model.eval()
@@ -553,10 +555,11 @@ def report(model: Continual, data: Data) -> dict[str, float]:
     return summary(model.history[:n, :n].tolist(), model.aware[:n, :n].tolist(), model.sizes)
 
 
-def fine_tuned(model: ImageClassifier, data: Data, tasks: Sequence[Sequence[int]], seed: int = 0, **recipe: Any) -> dict[str, float]:
-    """The rival: the classifier (changed in place) fitted to one task after another, with one head and nothing against forgetting."""
-    from formarium.engine.fitting import fit
-
+def fine_tuned(
+    fit: Fit, model: ImageClassifier, data: Data, tasks: Sequence[Sequence[int]], seed: int = 0, **recipe: Any
+) -> dict[str, float]:
+    """The rival: the classifier (changed in place) fitted to one task after another, with one head and nothing against forgetting. fit:
+    `formarium.fit`."""
     history, aware = [], []
     for t in range(len(tasks)):
         part = replace(data, splits={**data.splits, "train": of_classes(data.splits["train"], tasks[t])})

@@ -462,8 +462,8 @@ def high_frequency_share(model: Ensemble, image: Tensor) -> tuple[float, float]:
 
 
 def _batches(model: Ensemble, data: Any, split: str, samples: int) -> list[Batch]:
-    from formarium.lenses.reading import batches_of, on
     from formarium.task import task
+    from formarium.tasks.batches import batches_of, on
 
     if isinstance(data, str):
         own = task(model.task)

@@ -93,7 +93,7 @@ class SoftmaxAttention(TorchFunctionMode):
 def sharpen(scores: Tensor, temperature: float, dim: int = -1) -> Tensor:
     """scores / temperature up to a constant a row, which the softmax over `dim` doesn't see; a row whose keys are all masked with the
     smallest finite number stays finite."""
-    return (scores - scores.amax(dim, keepdim=True).detach()) / temperature
+    return (scores - scores.amax(dim, keepdim=True).detach()).div_(temperature)
 
 
 def sharpen_mask(mask: Tensor | None, temperature: float) -> Tensor | None:

@@ -17,11 +17,12 @@ from formarium.features import Tap
 from formarium.lenses import sufo_words as words
 from formarium.lenses.freezing import FineTune, freeze_and_tune
 from formarium.lenses.outliers import ends
-from formarium.lenses.reading import Head, batches_of, joined, read
+from formarium.lenses.reading import Head, read
 from formarium.lenses.scores import macro_f1, nearest_centroid, per_class_accuracy, structure
 from formarium.lenses.sufo import SUFO
 from formarium.nn.components import Components
 from formarium.task import Data, task
+from formarium.tasks.batches import batches_of, joined
 from formarium.tasks.image_classification.model import ImageClassifier
 
 RECORDS = sorted((Path(__file__).parent.parent / "parity" / "sufo").glob("*.safetensors"))
@@ -294,7 +295,7 @@ def test_data_in_every_form_gives_the_same_samples(digits):
     ("data", "said"),
     [
         ([], "labelled samples"),
-        ("digits", "Data, samples, a loader or batches"),
+        (3, "Data, samples, a loader or batches"),
         ([torch.zeros(3)], "a dict of tensors"),
         ([{"image": torch.rand(8, 3, 32, 32)}], "samples with labels"),
         ([{"image": torch.rand(8, 3, 32, 32), "label": torch.zeros(8, dtype=torch.int64)}], "at least two classes"),

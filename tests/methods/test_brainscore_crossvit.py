@@ -156,11 +156,11 @@ def test_a_fit_runs_by_name_and_measures_robustness():
     run = formarium.fit(
         "brainscore_crossvit_micro", "sample:digits", recipe="published", steps=3, batch_size=16, progress=False, validations=1
     )
-    found = robustness(run, "sample:digits", eps=0.05, iterations=2, samples=40)
+    found = robustness(run.model, "sample:digits", eps=0.05, iterations=2, samples=40)
     assert {*found} == {"clean", "90", "180", "270", "fgsm", "pgd"} and all(0 <= v <= 1 for v in found.values())
-    assert found["pgd"] <= found["clean"] and found == robustness(run, "sample:digits", eps=0.05, iterations=2, samples=40)
+    assert found["pgd"] <= found["clean"] and found == robustness(run.model, "sample:digits", eps=0.05, iterations=2, samples=40)
     with pytest.raises(BadInput):
-        robustness(run, "sample:digits", iterations=0)
+        robustness(run.model, "sample:digits", iterations=0)
 
 
 # neurons ------------------------------------------------------------------------------------------------------------
@@ -215,5 +215,5 @@ def test_joint_training_stays_right_when_turned_and_attacked():
     made = BrainScoreCrossViT(eps=25.5).apply(create("smt_micro", num_classes=10))
     how = {"lr": 2e-3, "weight_decay": 0.0, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "hflip": 0.0}
     joint = formarium.fit(made, "sample:digits", steps=300, recipe="published", progress=False, validations=1, **how)
-    a, b = (robustness(r, "sample:digits", eps=0.1, samples=200) for r in (plain, joint))
+    a, b = (robustness(r.model, "sample:digits", eps=0.1, samples=200) for r in (plain, joint))
     assert all(b[k] > a[k] + 0.2 for k in ("90", "270")) and b["pgd"] > a["pgd"] + 0.2 and b["clean"] > 0.8, (a, b)

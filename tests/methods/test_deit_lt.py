@@ -232,7 +232,7 @@ def test_a_fit_is_saved_and_loaded_with_its_teacher(tmp_path, digits):
 
 
 def test_three_ways_to_train_side_by_side(digits):
-    rows = compare(plain("pvt_micro"), digits, recipe=Recipe(steps=4, batch_size=8))
+    rows = compare(formarium.fit, plain("pvt_micro"), digits, recipe=Recipe(steps=4, batch_size=8))
     assert {*rows} == {"plain", "balanced", "deit_lt"} and all(0 <= r["tail"] <= 1 for r in rows.values())
 
 

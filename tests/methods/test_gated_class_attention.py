@@ -266,7 +266,7 @@ def test_the_rival_learns_the_tasks_in_turn():
     data = replace(data, splits={k: of_classes(v, range(4)) for k, v in data.splits.items()})
     for part in data.splits.values():
         part.indices[:] = part.indices[:48]
-    said = fine_tuned(create("smt_micro"), data, [[0, 1], [2, 3]], recipe=Recipe(steps=2, batch_size=8))
+    said = fine_tuned(formarium.fit, create("smt_micro"), data, [[0, 1], [2, 3]], recipe=Recipe(steps=2, batch_size=8))
     assert {*said} == {"average_incremental", "last", "task_aware", "forgetting"} and 0 <= said["last"] <= said["task_aware"] <= 1
 
 

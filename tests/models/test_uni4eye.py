@@ -95,7 +95,7 @@ def test_patches_are_what_the_convolution_sees(shape):
 def test_positions_tell_every_place_of_a_volume():
     table = sine_positions((4, 4, 2), 64)
     assert table.shape == (32, 64) and torch.cdist(table, table).fill_diagonal_(9).min() > 0.5
-    released = create("uni4eye_micro", volume_positions="zero", decoder_depth=0).eval()
+    released = create("uni4eye_micro", patch_size=8, volume_positions="zero", decoder_depth=0).eval()
     volume = torch.rand(1, 1, 32, 32, 16)
     moved = volume.flip(2, 3, 4)  # other patches in other places: with no positions only their contents count
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_low_entropy_patches_stay_visible():
     image[..., 16:] = torch.rand(1, 3, 32, 16)
     entropy = patch_entropy(patchify(image, 8), 3)
     assert entropy.min() == 0 and entropy.max() == 1 and (entropy.view(4, 4)[:, :2] == 0).all()
-    model = create("uni4eye_micro", entropy_masking=True, mask_ratio=0.5)
+    model = create("uni4eye_micro", patch_size=8, entropy_masking=True, mask_ratio=0.5)
     mask = model.encode(image, model.noise(image)).mask.view(4, 4)
     assert (mask[:, :2] == 0).all() and (mask[:, 2:] == 1).all()
     assert (patch_entropy(patchify(torch.zeros(1, 3, 16, 16), 8), 3) == 0).all()  # and not 0 / 0
@@ -130,10 +130,12 @@ def test_a_batch_of_both_ranks_is_predicted_in_its_order():
 def test_training_has_two_stages_and_one_without_decoders():
     assert [s.name for s in create("uni4eye_micro").training_stages()] == ["pre-train", "fine-tune"]
     assert [s.name for s in create("uni4eye_micro", decoder_depth=0).training_stages()] == ["fine-tune"]
+    assert [s.name for s in create("uni4eye_micro", pretraining_share=1.0).training_stages()] == ["pre-train"]
+    assert [s.name for s in create("uni4eye_micro", num_classes=0).training_stages()] == ["pre-train"]
 
 
 def test_the_released_dynamic_head_mixes_patches_and_is_for_images():
-    model = create("uni4eye_micro", dynamic_head=True, gradient_branch=False).eval()
+    model = create("uni4eye_micro", patch_size=8, dynamic_head=True, gradient_branch=False).eval()
     batch = model.example_batch(2)
     losses = model.pretraining_loss({**batch, "source": torch.tensor([0, 3])})
     assert torch.isfinite(losses.total) and [*losses.terms] == ["intensity_2d"]
@@ -143,7 +145,7 @@ def test_the_released_dynamic_head_mixes_patches_and_is_for_images():
 
 def test_wrong_inputs_are_refused():
     model = create("uni4eye_micro")
-    for bad in (torch.rand(1, 3, 30, 32), torch.rand(1, 2, 32, 32, 16), torch.rand(3, 32, 32), torch.rand(1, 1, 32, 32, 12)):
+    for bad in (torch.rand(1, 3, 30, 32), torch.rand(1, 2, 32, 32, 16), torch.rand(3, 32, 32), torch.rand(1, 1, 32, 32, 10)):
         with pytest.raises(BadInput):
             model(bad)
     with pytest.raises(BadInput, match="pool"):

@@ -248,6 +248,7 @@ class Uni4Eye(MedicalClassifier):
         dynamic_head: bool = False
         sources: int = 7  # kinds of data that the dynamic head tells apart
         normalise_target: bool = False
+        pretraining_share: float = 0.5  # of a fit's steps; 1: pre-training alone
         volume_positions: str = "sine"  # or "zero", as the weights released with Uni4Eye++ were trained
 
     def __init__(self, config: Config):
@@ -399,11 +400,11 @@ class Uni4Eye(MedicalClassifier):
 
     def training_stages(self) -> Sequence[Stage]:
         encoder = ("embed*", "cls_token", "blocks.*", "norm.*")
-        tuned = Stage("fine-tune", (Turn("loss", (*encoder, "head.*")),))
-        if not self.config.decoder_depth:
-            return (tuned,)
         decoders = ("decoder_embed.*", "mask_token", "decoders.*", "dynamic.*")
-        return (Stage("pre-train", (Turn("pretraining_loss", (*encoder, *decoders)),)), tuned)
+        share = self.config.pretraining_share if self.config.decoder_depth else 0.0
+        pre = Stage("pre-train", (Turn("pretraining_loss", (*encoder, *decoders)),), share)
+        tuned = Stage("fine-tune", (Turn("loss", (*encoder, "head.*")),), 1 - share)
+        return ((pre,) if share else ()) + ((tuned,) if self.config.num_classes and share < 1 else ())
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "mask_token"}
