@@ -6,7 +6,16 @@ from formarium.catalogue import cards
 from formarium.conformance import checks_for, run
 
 
-@pytest.mark.parametrize(("slug", "name"), [(c.slug, name) for c in cards().values() for name in checks_for(c)])
+SLOW = ("exports_to_onnx",)  # ten seconds and more a system; the exporters' own tests go the same way quickly
+
+
+def cases():
+    for card in cards().values():
+        for name in checks_for(card):
+            yield pytest.param(card.slug, name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.parametrize(("slug", "name"), cases())
 def test_conformance(slug: str, name: str):
     outcome = run(cards()[slug], name)
     assert outcome.ok, outcome.detail

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from formarium.engine.recipes import OPTIMIZERS, Recipe
 from formarium.errors import BadInput, UnknownName
+from formarium.features import taps
 from formarium.model import Model
 
 
@@ -19,7 +21,7 @@ def optimiser(model: Model, recipe: Recipe, train: Iterable[str] = ("*",)) -> to
 
     Parameters that the model has frozen stay out. Raises BadInput where nothing is left.
     """
-    groups = [{"params": p, "weight_decay": d} for p, d in zip(_groups(model, train), (recipe.weight_decay, 0.0), strict=True) if p]
+    groups = _groups(model, recipe, train)
     if not groups:
         raise BadInput("train", expected="globs that match parameters", got=", ".join(train))
     match recipe.optimizer:
@@ -32,16 +34,29 @@ def optimiser(model: Model, recipe: Recipe, train: Iterable[str] = ("*",)) -> to
     raise UnknownName("optimizer", recipe.optimizer, OPTIMIZERS)
 
 
-def _groups(model: Model, train: Iterable[str]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(parameters that decay, parameters that don't)"""
+def _groups(model: Model, recipe: Recipe, train: Iterable[str]) -> list[dict[str, Any]]:
+    """Parameters by whether they decay and by their share of the learning rate ("scale")."""
     spared, patterns = model.no_weight_decay(), (*train,)
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    depth, layer = layers(model) if recipe.layer_decay != 1 else (0, {})
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad and _matches(name, patterns):
             bare = p.ndim <= 1 or name.endswith("bias") or _matches(name, spared)
-            (free if bare else decayed).append(p)
-    return decayed, free
+            scale = recipe.layer_decay ** (depth + 1 - layer[name]) if layer else 1.0
+            found.setdefault((0.0 if bare else recipe.weight_decay, scale), []).append(p)
+    return [{"params": p, "weight_decay": decay, "scale": scale} for (decay, scale), p in found.items()]
+
+
+def layers(model: Model) -> tuple[int, dict[str, int]]:
+    """(how many blocks, each parameter's layer): 0 in front of the first block, i in the i-th, their number + 1 behind the last; what
+    lies between two blocks (a stage's embedding) goes with the one before."""
+    blocks = {name: i for i, name in enumerate(taps(model, "*blocks.*"), start=1)}
+    depth, seen, out = len(blocks), 0, {}
+    for name, _ in model.named_parameters():
+        own = next((i for block, i in blocks.items() if name.startswith(f"{block}.")), None)
+        seen = seen if own is None else own
+        out[name] = own if own is not None else depth + 1 if seen == depth else seen
+    return depth, out
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -30,6 +30,7 @@ class Recipe:
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
     weight_decay: float = 0.05
+    layer_decay: float = 1.0  # each block's learning rate is this share of the next one's (Bao et al., BEiT); the head's is lr
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9  # sgd's
     clip_grad: float | None = None
@@ -110,6 +111,7 @@ def _check(recipe: Recipe) -> None:
         _must(recipe, key, lambda v: v > 0, "more than 0")
     for key in ("min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "momentum"):
         _must(recipe, key, lambda v: v >= 0, "at least 0")
+    _must(recipe, "layer_decay", lambda v: 0 < v <= 1, "above 0 and at most 1")
     for key in ("batch_size", "accumulate", "repeated_augmentation", "steps"):
         if (value := getattr(recipe, key)) is not None and (value != int(value) or value < 1):
             raise BadInput(f"recipe key {key}", expected="a whole number, at least 1", got=str(value))

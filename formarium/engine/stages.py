@@ -73,7 +73,7 @@ class Training:
         for turn in self.turns:
             rate = learning_rate(turn.recipe, at - self.steps.start, len(self.steps), self.per_epoch)
             for group in turn.optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             with _frozen(turn.others):
                 for _ in range(turn.repeats):
                     terms = self._move(turn, batch, at)

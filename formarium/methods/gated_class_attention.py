@@ -36,6 +36,7 @@ from formarium.nn.mlp import MLP
 from formarium.task import Data
 from formarium.tasks.image_classification.model import ImageClassifier, Labels
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 COSH_LIMIT, EMBEDDING_LIMIT = 50.0, 6.0  # of HAT's embedding gradients
 
 Fit = Callable[..., Any]  # formarium.fit
@@ -251,6 +252,8 @@ class Continual(Wrapped):
         smax: float = 800
         gate_weight: float = 0.05
         drift_weight: float = 0.001
+        gate_std: float = 1.0  # of the embeddings as they are drawn; a short fit decides which gates open only where it is small
+        first_share: float = 1.0  # of the first task's training, relative to a later one's
         later_lr: float = 0.0  # of the tasks after the first, so that the backbone drifts less; 0: the recipe's
         protect: bool = True  # earlier tasks' weights; False to see what gates alone do
         memory: bool = False  # the last task's backbone is at hand, as in a fit
@@ -273,8 +276,8 @@ class Continual(Wrapped):
             raise BadInput("heads", expected=f"a divisor of the features' {self.dim} channels", got=str(c.heads))
         hidden = int(self.dim * c.mlp_ratio)
         self.attention = nn.ModuleList(GatedClassAttention(self.dim, c.heads, c.mlp_ratio, c.qkv_bias) for _ in range(c.blocks))
-        self.gates0 = nn.Parameter(torch.randn(c.num_tasks, self.dim))
-        self.gates2 = nn.Parameter(torch.randn(c.num_tasks, hidden))
+        self.gates0 = nn.Parameter(torch.randn(c.num_tasks, self.dim) * c.gate_std)
+        self.gates2 = nn.Parameter(torch.randn(c.num_tasks, hidden) * c.gate_std)
         self.class_tokens, self.norms, self.classifiers = nn.ParameterList(), nn.ModuleList(), nn.ModuleList()
         self.projectors = nn.ModuleList()
         self.register_buffer("used0", torch.zeros(self.dim))
@@ -392,7 +395,16 @@ class Continual(Wrapped):
     def training_stages(self) -> Sequence[Stage]:
         later = {"lr": self.config.later_lr} if self.config.later_lr else {}
         turns = [(Turn("loss", recipe=later if t else {}),) for t in range(self.config.seen)]
-        return [Stage(f"task {t + 1}", turn, prepare="begin_task") for t, turn in enumerate(turns)]
+        return [Stage(f"task {t + 1}", turn, 1.0 if t else self.config.first_share, prepare="begin_task") for t, turn in enumerate(turns)]
+
+    def train(self, mode: bool = True) -> Continual:
+        """After the first task the backbone's norms rest: batch norms keep the statistics they have."""
+        super().train(mode)
+        if int(self.current) > 0:
+            for module in self.trunk.modules():
+                if isinstance(module, NORMS):
+                    module.eval()
+        return self
 
     def begin_task(self) -> None:
         """Close the last task (its gates are cut to 0 and 1, its backbone is remembered, it is measured), free what the next one trains."""
@@ -414,8 +426,9 @@ class Continual(Wrapped):
         for i, part in enumerate(self.projectors):
             part.requires_grad_(i == t - 1)
         for module in (*self.trunk.modules(), *self.attention.modules()):
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, NORMS):
                 module.requires_grad_(t == 0)
+        self.train(self.training)
 
     def _remember(self) -> None:
         """The backbone as it is, as buffers: no parameters, but saved with them."""

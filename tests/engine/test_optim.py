@@ -3,15 +3,19 @@ import torch
 from torch import nn
 
 from formarium import create
-from formarium.engine.optim import Averaged, clip, gradient_norm, learning_rate, optimiser
-from formarium.engine.recipes import Recipe
+from formarium.engine.optim import Averaged, clip, gradient_norm, layers, learning_rate, optimiser
+from formarium.engine.recipes import Recipe, make_recipe
 from formarium.errors import BadInput
+from formarium.tasks.image_classification.trunks import ViT
 
 
 def test_weight_decay_spares_vectors_biases_and_what_the_model_names():
     model = create("pvt_micro")
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, free = ({names[id(p)] for p in g["params"]} for g in optimiser(model, Recipe(weight_decay=0.3)).param_groups)
+    decayed, free = (
+        {names[id(p)] for p in g["params"]}
+        for g in sorted(optimiser(model, Recipe(weight_decay=0.3)).param_groups, key=lambda g: -g["weight_decay"])
+    )
     assert {g["weight_decay"] for g in optimiser(model, Recipe(weight_decay=0.3)).param_groups} == {0.3, 0.0}
     assert decayed | free == {*names.values()} and not decayed & free
     assert "cls_token" in free and "head.weight" in decayed and "head.bias" in free
@@ -85,3 +89,19 @@ def test_averages_follow_slowly_counters_at_once():
     assert averaged.values["num_batches_tracked"] == 5
     averaged.update(model, 1)  # early on it follows faster: 2 / 11
     torch.testing.assert_close(averaged.values["weight"], torch.full((2,), 2 - 0.9 * 2 / 11))
+
+
+def test_layers_decay_towards_the_input():
+    model = ViT(ViT.Config(image_size=32, patch_size=8, dim=24, depth=3, heads=2, num_classes=3))
+    depth, layer = layers(model)
+    assert depth == len(model.blocks) and layer["blocks.0." + next(n for n, _ in model.blocks[0].named_parameters())] == 1
+    assert all(layer[n] == depth + 1 for n, _ in model.named_parameters() if n.startswith(("head", "norm.")))
+    assert all(layer[n] == 0 for n in ("cls_token", "positions") if n in layer)
+    made = optimiser(model, Recipe(lr=1.0, layer_decay=0.5))
+    scale = {id(p): g["scale"] for g in made.param_groups for p in g["params"]}
+    assert all(scale[id(p)] == 0.5 ** (depth + 1 - layer[n]) for n, p in model.named_parameters() if p.requires_grad)
+    assert {g["scale"] for g in optimiser(model, Recipe()).param_groups} == {1.0}
+    stages = layers(create("pvt_micro", num_classes=3))[1]
+    assert max(v for k, v in stages.items() if k.startswith("stages.1.embed")) == 1  # one block lies before
+    with pytest.raises(BadInput, match="layer_decay"):
+        make_recipe({"layer_decay": 1.5}, "image-classification")

@@ -199,15 +199,19 @@ def test_reconstruction_learns():
 
 
 @pytest.mark.slow
-def test_pre_training_rebuilds_better_than_the_mean_pixel():
+def test_pre_training_alone_raises_a_linear_probe_and_rebuilds_better_than_the_mean_pixel():
     import formarium
+    from formarium.engine.probing import linear_probe
 
-    model = create("sit_ssl_micro", num_classes=0)
-    run = formarium.fit(model, "sample:digits", out=None, progress=False, steps=150)
+    torch.manual_seed(0)
+    model = create("sit_ssl_micro", num_classes=10, pretraining_share=1.0)
+    before = linear_probe(model, "sample:digits")
+    run = formarium.fit(model, "sample:digits", out=None, progress=False, steps=400)
+    assert linear_probe(run, "sample:digits") > before + 0.05
     network = run.model.eval()
     data = task_of("image-classification").sample("digits").splits["val"]
     clean = network.normalise(torch.from_numpy(data.images[:128]).movedim(-1, 1).float() / 255)
-    broken, mask = corrupt(clean, align=4, generator=torch.Generator().manual_seed(0))
+    broken, mask = corrupt(clean, align=8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         rebuilt = network.pretext(broken).reconstruction
-    assert masked_difference(rebuilt, clean, mask) < 0.8 * masked_difference(clean.mean((2, 3), keepdim=True).expand_as(clean), clean, mask)
+    assert masked_difference(rebuilt, clean, mask) < 0.9 * masked_difference(clean.mean((2, 3), keepdim=True).expand_as(clean), clean, mask)
