@@ -38,6 +38,7 @@ from formarium.tasks.image_classification.model import ImageClassifier, Labels
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 COSH_LIMIT, EMBEDDING_LIMIT = 50.0, 6.0  # of HAT's embedding gradients
+OPEN = 3.0  # standard deviations by which a projector that starts as the identity lifts its units above the ReLU's corner
 
 Fit = Callable[..., Any]  # formarium.fit
 
@@ -190,6 +191,21 @@ class Projector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.project(F.relu(self.norm(self.expand(x))))
 
+    @torch.no_grad()
+    def start_at(self, x: Tensor) -> None:
+        """Give x back as well as it can: all units of the ReLU open, the last layer fitted to x by least squares."""
+        nn.init.eye_(self.expand.weight)
+        nn.init.zeros_(self.expand.bias)
+        nn.init.ones_(self.norm.weight)
+        nn.init.constant_(self.norm.bias, OPEN)
+        inner = F.relu(self.norm(self.expand(x))).flatten(0, 1).double()
+        ones, wanted = inner.new_ones(len(inner), 1), x.flatten(0, 1).double()
+        a = torch.cat([inner - OPEN, ones], 1)
+        ridge = 1e-4 * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        w = torch.linalg.solve(a.T @ a + ridge, a.T @ wanted)
+        self.project.weight.copy_(w[:-1].T)
+        self.project.bias.copy_(w[-1] - OPEN * w[:-1].sum(0))
+
 
 # HAT's gates --------------------------------------------------------------------------------------------------------
 
@@ -255,6 +271,9 @@ class Continual(Wrapped):
         gate_std: float = 1.0  # of the embeddings as they are drawn; a short fit decides which gates open only where it is small
         first_share: float = 1.0  # of the first task's training, relative to a later one's
         later_lr: float = 0.0  # of the tasks after the first, so that the backbone drifts less; 0: the recipe's
+        faithful_start: bool = (
+            False  # a projector begins as (nearly) the identity, as a fit finds it, not as drawn, which takes long to learn
+        )
         protect: bool = True  # earlier tasks' weights; False to see what gates alone do
         memory: bool = False  # the last task's backbone is at hand, as in a fit
 
@@ -418,6 +437,8 @@ class Continual(Wrapped):
                     used.copy_(torch.maximum(used, (gate(table[t - 1], self.config.smax) > 0.5).to(used.dtype)))
             if self.config.memory:
                 self._remember()
+            if self.config.faithful_start and self._data is not None:
+                self.projectors[t - 1].start_at(self._first_look(t))  # type: ignore[operator]
         self.current.fill_(t)
         self.steps.zero_()
         for owned in (self.class_tokens, self.norms, self.classifiers):
@@ -429,6 +450,20 @@ class Continual(Wrapped):
             if isinstance(module, NORMS):
                 module.requires_grad_(t == 0)
         self.train(self.training)
+
+    @torch.no_grad()
+    def _first_look(self, task: int) -> Tensor:
+        """Features of a task's own training images before it is learned, float [images, tokens, dim]."""
+        from formarium.tasks.batches import batches_of, on
+
+        was = self.training
+        self.eval()
+        data: Any = self._data
+        own = of_classes(data.splits["train"], self.classes(task))
+        batches = batches_of(self, own, samples=min(256, len(own)), batch_size=64)
+        x = torch.cat([self.features(self.normalise(on(self.device, b)["image"])) for b in batches])
+        self.train(was)
+        return x
 
     def _remember(self) -> None:
         """The backbone as it is, as buffers: no parameters, but saved with them."""

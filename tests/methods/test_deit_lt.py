@@ -274,9 +274,11 @@ def test_bad_input():
 def test_the_second_head_becomes_the_expert_of_rare_classes():
     data = long_tailed(task("image-classification").sample("digits"), 0.05)
     torch.manual_seed(0)
-    model = create("deit_lt_micro", drw=0.75, mixup=0.2)
-    recipe = Recipe(epochs=80, lr=1e-3, warmup_epochs=2, augment={"shift": 2})
-    formarium.fit(model, data, recipe=recipe, seed=0, progress=False, validations=1)
+    options = {"mixup": 0.2, "cutmix": 0.0, "label_smoothing": 0.0, "drw": 0.85, "temperature": 0.2, "teacher_lr": 0.2}
+    model = DeiTLT(blocks=(1, 1, 1), queue=256, teacher_size=16, teacher_share=1.0, **options).apply(create("smt_micro", num_classes=10))
+    formarium.fit(
+        model, data, recipe=Recipe(steps=240, lr=3e-3, warmup_epochs=1, augment={"shift": 2}), seed=0, progress=False, validations=1
+    )
     table = shot_accuracy(model, data)
-    assert table["dist"]["tail"] > table["cls"]["tail"] + 0.1 and table["cls"]["head"] > table["dist"]["head"]
-    assert table["mean"]["cosine"] < 0.95
+    assert table["dist"]["tail"] > table["cls"]["tail"] + 0.03 and table["cls"]["head"] > table["dist"]["head"]
+    assert table["mean"]["tail"] > table["cls"]["tail"] and table["mean"]["overall"] > 0.85

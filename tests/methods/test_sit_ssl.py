@@ -207,7 +207,7 @@ def test_pre_training_alone_raises_a_linear_probe_and_rebuilds_better_than_the_m
     model = create("sit_ssl_micro", num_classes=10, pretraining_share=1.0)
     before = linear_probe(model, "sample:digits")
     run = formarium.fit(model, "sample:digits", out=None, progress=False, steps=400)
-    assert linear_probe(run, "sample:digits") > before + 0.05
+    assert linear_probe(run, "sample:digits") > before + 0.08
     network = run.model.eval()
     data = task_of("image-classification").sample("digits").splits["val"]
     clean = network.normalise(torch.from_numpy(data.images[:128]).movedim(-1, 1).float() / 255)

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from formarium.models.image.uni4eye import (
     unpatchify,
     unshuffle,
 )
+from formarium.task import task as task_of
 
 RECORDS = sorted((Path(__file__).parent.parent / "parity" / "uni4eye").glob("*.safetensors"))
 
@@ -170,3 +172,27 @@ def test_reconstruction_learns():
     assert errors[-1] < 0.5 * errors[0]
     shown = model.reconstruct(model.normalise(ramp))
     assert shown.intensity.shape == ramp.shape == shown.gradient.shape and 0.4 < shown.hidden.mean() < 0.8
+
+
+@pytest.mark.slow
+def test_pre_training_alone_raises_a_linear_probe_of_both_ranks():
+    import formarium
+    from formarium.engine.probing import linear_probe
+
+    torch.manual_seed(0)
+    model = create("uni4eye_micro", pretraining_share=1.0)
+    before = {name: linear_probe(model, f"sample:{name}") for name in ("fundus", "oct")}
+    run = formarium.fit(model, "sample:eyes", out=None, progress=False, steps=400, clip_grad=1.0, betas=(0.9, 0.95))
+    for name, was in before.items():
+        assert linear_probe(run, f"sample:{name}") > was + 0.02, name
+    network = run.model.eval()
+    for name in before:
+        samples = task_of("medical-classification").sample(name).splits["val"]
+        ready = task_of("medical-classification").transform(network.preprocessing)
+        rng = np.random.default_rng(0)
+        x = network.normalise(task_of("medical-classification").collate([ready(samples[i], rng) for i in range(100)])["image"])
+        rebuilt = network.reconstruct(x)
+        hidden = rebuilt.hidden.expand_as(x) == 1
+        error = (rebuilt.intensity - x)[hidden].square().mean()
+        mean = x.flatten(1).mean(1).view(-1, *(1,) * (x.ndim - 1)).expand_as(x)
+        assert error < 0.5 * (mean - x)[hidden].square().mean(), name  # the variance about each sample's mean

@@ -201,4 +201,7 @@ def sinusoids(dim: int, frames: int, device: torch.device) -> Tensor:
 
 def _kept(table, *args):
     """A table from the cache; while a graph is captured, made anew, so that it is part of the graph."""
-    return table.__wrapped__(*args) if torch.compiler.is_compiling() else table(*args)
+    if torch.compiler.is_compiling():
+        return table.__wrapped__(*args)
+    with torch.inference_mode(False):  # a training step may read it later
+        return table(*args)

@@ -302,7 +302,8 @@ class Squeezeformer(SpeechRecogniser):
     def _positions(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # a table kept from another call would be a constant of the graph
             return relative_table.__wrapped__(x.shape[1], x.shape[2], x.device)
-        return relative_table(x.shape[1], x.shape[2], x.device)
+        with torch.inference_mode(False):  # a training step may read it later
+            return relative_table(x.shape[1], x.shape[2], x.device)
 
     def _attended(self, length: Tensor) -> Tensor:
         """Frames after subsampling that attention and convolutions take for speech."""

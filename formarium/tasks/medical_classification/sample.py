@@ -2,7 +2,8 @@
 
 An image shows a reddish disk of tissue, a bright optic disc at one side, vessels that branch from it; the unhealthy ones have a
 cluster of small bright lesions. A volume shows three bright layers with random bumps along its depth (its last axis), under speckle; the
-unhealthy ones have a dark pocket of fluid between two layers. Brightness, place and curvature vary, so that no single pixel tells.
+unhealthy ones have one to three dark pockets of fluid between two layers. Brightness, place and curvature vary, so that no single pixel
+tells.
 """
 
 from __future__ import annotations
@@ -107,16 +108,16 @@ def oct_volume(rng: np.random.Generator, ill: bool, side: int = SIDE, depth: int
     bright, width = rng.uniform(0.3, 0.5, 3), rng.uniform(0.035, 0.06, 3)
     values = sum(b * np.exp(-((z - s[..., None]) ** 2) / (2 * w**2)) for s, b, w in zip(layers, bright, width, strict=True))
     between = (z > layers[0][..., None]) & (z < layers[2][..., None])
-    values = values + between * rng.uniform(0.25, 0.55)
+    values = (values + between * rng.uniform(0.25, 0.55)) * rng.uniform(0.55, 1.1)
     for _ in range(rng.integers(0, 4)):  # vessels throw shadows
         at, turn = rng.uniform(-0.8, 0.8), rng.uniform(0, np.pi)
         across = np.abs(np.sin(turn) * y + np.cos(turn) * x - at)
         values = values * (1 - rng.uniform(0.3, 0.6) * np.exp(-((across / 0.09) ** 2)))[..., None]
-    if ill:
-        cy, cx = rng.uniform(-0.55, 0.55, 2)
+    for _ in range(rng.integers(1, 4) if ill else 0):
+        cy, cx = rng.uniform(-0.6, 0.6, 2)
         which = int(rng.integers(2))
         middle = (layers[which] + layers[which + 1]) / 2
-        size, thick = rng.uniform(0.4, 0.65), rng.uniform(0.1, 0.14)
+        size, thick = rng.uniform(0.35, 0.55), rng.uniform(0.1, 0.14)
         flat = ((y - cy) ** 2 + (x - cx) ** 2) / size**2
         pocket = flat[..., None] + (z - middle[..., None]) ** 2 / thick**2
         values = values * (1 - 0.9 / (1 + np.exp(((pocket - 1) * 8).clip(-30, 30))))
