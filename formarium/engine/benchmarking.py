@@ -134,10 +134,17 @@ class _Moved(TorchDispatchMode):
 
 def cost(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[int, _Moved]:
     """(FLOPs, operations and bytes moved) of one forward. Counted, so the same on every machine."""
-    with torch.no_grad(), _Moved() as moved:
-        model(*inputs)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+    moving = [p for p in model.parameters() if p.requires_grad]  # the counter trips over a parameter that a module is called with
+    for p in moving:
+        p.requires_grad_(False)
+    try:
+        with torch.no_grad(), _Moved() as moved:
+            model(*inputs)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        for p in moving:
+            p.requires_grad_(True)
     return counter.get_total_flops(), moved
 
 

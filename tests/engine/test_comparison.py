@@ -262,3 +262,17 @@ def test_rivals_of_another_task_are_compared_the_same_way(tmp_path):
         found.results["baseline"]["name"].startswith("nearest neighbour") and (tmp_path / "series" / "report.html").stat().st_size > 10_000
     )
     assert found.section.look is not None and found.section.look.numbers["own_head"]
+
+
+def test_a_cost_is_counted_where_a_parameter_is_a_modules_input():
+    class Fed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.layer = torch.nn.Parameter(torch.ones(2, 8)), torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            return x.sum() + self.layer(self.token)
+
+    model = Fed()
+    assert cost(model, (torch.ones(1),))[0] == 2 * 2 * 8 * 4
+    assert all(p.requires_grad for p in model.parameters())
