@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from formarium.nn.kept import kept
+
 
 @lru_cache(maxsize=8)
 def zigzag(size: int, keep: int) -> tuple[tuple[int, int], ...]:
@@ -22,7 +24,7 @@ def zigzag(size: int, keep: int) -> tuple[tuple[int, int], ...]:
     return tuple(out[:keep])
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def cosines(size: int, rows: int) -> Tensor:
     """The first rows of the orthonormal DCT-II matrix, float32 [rows, size]."""
     k, n = torch.arange(rows, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)[None]

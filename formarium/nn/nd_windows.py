@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.kept import kept
 
 Sides = tuple[int, ...]
 
@@ -34,7 +34,7 @@ def from_windows(x: Tensor, window: Sides, grid: Sides) -> Tensor:
     return x.permute(order).reshape(-1, *grid, x.shape[-1])
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def shift_mask(grid: Sides, window: Sides, shift: Sides, value: float = -100.0) -> Tensor:
     """What is added to attention scores in windows of a grid rolled by -shift: `value` between tokens that weren't neighbours before it.
 

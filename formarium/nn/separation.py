@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import permutations
 
 import torch
 from torch import Tensor
+
+from formarium.nn.kept import kept
 
 
 def si_sdr(estimate: Tensor, reference: Tensor, eps: float = 1e-8) -> Tensor:
@@ -23,7 +24,7 @@ def si_sdr(estimate: Tensor, reference: Tensor, eps: float = 1e-8) -> Tensor:
     return 10 * torch.log10((signal.square().sum(-1) + eps) / (distortion.square().sum(-1) + eps))
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _orders(count: int, device: torch.device) -> Tensor:
     return torch.tensor([*permutations(range(count))], device=device)
 

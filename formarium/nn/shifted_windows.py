@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from formarium.nn import nd_windows
+from formarium.nn.kept import kept
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def shift_mask(grid: tuple[int, int], size: int, shift: int, device: torch.device) -> Tensor:
     """float [windows, size^2, size^2]: -100 between tokens that only the cyclic shift made neighbours."""
     return nd_windows.shift_mask(grid, (size, size), (shift, shift)).to(device)

@@ -1,0 +1,27 @@
+"""Tables that are made once: what a prediction makes first, training must be able to use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def kept(most: int = 64) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """lru_cache for a function that makes tensors: they are made outside inference mode, whose tensors autograd refuses later on."""
+
+    def decorate(fn: Callable[P, T]) -> Callable[P, T]:
+        @wraps(fn)
+        def make(*args: P.args, **kwargs: P.kwargs) -> T:
+            if torch.compiler.is_compiling():
+                return fn(*args, **kwargs)
+            with torch.inference_mode(False):
+                return fn(*args, **kwargs)
+
+        return lru_cache(maxsize=most)(make)  # type: ignore[return-value]
+
+    return decorate
