@@ -84,9 +84,9 @@ class Trial:
 
 def rungs(steps: int, candidates: int, per_epoch: int = 1, early: bool = True) -> list[tuple[int, int]]:
     """(step to stop at, candidates that get there), the last being (steps, finalists): halves of the field at a quarter and a half of the
-    steps, though never before an epoch is over; one rung where few enough are left, or where none are to be stopped."""
+    steps, though never before an epoch is over or close to the end; one rung where few enough are left, or where none are to be stopped."""
     out, left, at = [], candidates, max(steps // FIRST_RUNG, per_epoch)
-    while early and left > FINALISTS and at < steps:
+    while early and left > FINALISTS and 4 * at <= 3 * steps:
         out.append((at, left))
         left, at = max(FINALISTS, -(-left // 2)), 2 * at
     return [*out, (steps, left)]
