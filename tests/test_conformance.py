@@ -16,7 +16,7 @@ def cases():
             yield pytest.param(card.slug, name, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("slug", "name"), cases())
+@pytest.mark.parametrize(("slug", "name"), [*cases()])
 def test_conformance(slug: str, name: str):
     outcome = run(cards()[slug], name)
     assert outcome.ok, outcome.detail

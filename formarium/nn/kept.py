@@ -12,14 +12,15 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 def kept(most: int = 64) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """lru_cache for a function that makes tensors: they are made outside inference mode, whose tensors autograd refuses later on."""
+    """lru_cache for a function that makes tensors: outside inference mode, whose tensors autograd refuses later on, and with values even
+    where a network is just being built on the meta device."""
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
         @wraps(fn)
         def make(*args: P.args, **kwargs: P.kwargs) -> T:
             if torch.compiler.is_compiling():
                 return fn(*args, **kwargs)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.device("cpu"):
                 return fn(*args, **kwargs)
 
         return lru_cache(maxsize=most)(make)  # type: ignore[return-value]
