@@ -72,11 +72,11 @@ def _clutter(side: int, rng: np.random.Generator) -> np.ndarray:
     values = np.full((side, side), rng.uniform(0.35, 0.65))
     for smooth in _smoothers(side):
         blob = smooth @ rng.standard_normal((side, side)) @ smooth.T
-        values += 0.09 * blob / blob.std()
+        values += 0.05 * blob / blob.std()
     for _ in range(6):
         y, x = rng.integers(0, side - 6, 2)
         h, w = rng.integers(4, 14, 2)
-        values[y : y + h, x : x + w] += rng.uniform(-0.2, 0.2)
+        values[y : y + h, x : x + w] += rng.uniform(-0.12, 0.12)
     return values
 
 
