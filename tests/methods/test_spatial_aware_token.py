@@ -152,7 +152,7 @@ def test_other_image_sizes_and_taps(model):
     out = model(torch.randn(1, 3, 48, 72))
     assert out.map.shape == (1, 12, 18) and out.logits.shape == (1, 4)
     read = trace(model, model.example(2), at="trunk.blocks.*")
-    assert all(f.prefix == 2 and f.map().shape == (2, 48, 14, 14) for f in read.values()) and len(read) == 4
+    assert all(f.prefix == 2 and f.map().shape == (2, 48, 14, 14) for f in read.values()) and len(read) == 6
     said = model.predict(model.example_batch(3))
     assert said.box.shape == (3, 4) and (said.box[:, 2:] > said.box[:, :2]).all() and said.box.max() <= 56
     torch.testing.assert_close(said.probabilities.sum(-1), torch.ones(3))
