@@ -322,6 +322,7 @@ class Trainer:
         last = next((row for row in reversed(self.journal.rows) if row["split"] == "val"), {})
         self.config["summary"] = {k: v for k, v in last.items() if k not in ("step", "epoch", "split")}
         self.config["seconds"] = round(self.seconds, 2)
+        self.config["config"] = self.network.config_dict()  # a method may have changed its network's sizes
         if self.step < self.steps:
             self.config["stopped_at"] = self.step
         self.network.eval()

@@ -12,8 +12,7 @@ from formarium.engine.evaluation import split_of
 from formarium.engine.runs import Run, as_model, data_for
 from formarium.errors import BadInput
 from formarium.features import trace
-from formarium.lenses.reading import evaluating
-from formarium.model import Model
+from formarium.model import Model, evaluating
 from formarium.task import Data
 from formarium.tasks.batches import batches_of, joined, on
 

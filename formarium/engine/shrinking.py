@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
-import time
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save as save_bytes
+from torch.utils.data import Subset
 
 from formarium.catalogue import cards, system_class
-from formarium.engine.evaluation import evaluate
+from formarium.engine.benchmarking import timed
+from formarium.engine.evaluation import evaluate, split_of
 from formarium.engine.fitting import fit
-from formarium.engine.loader import to_device
+from formarium.engine.loader import placed_batches, to_device
 from formarium.engine.recipes import recipe_for
 from formarium.engine.runs import Run, as_run, data_for, save
-from formarium.errors import BadInput, UnknownName
+from formarium.errors import BadInput, FormariumError, UnknownName
 from formarium.method import Method
-from formarium.model import Model
+from formarium.model import Model, evaluating
 from formarium.task import Data, task
 
 TIMED = 32  # held-out samples that latency is measured on
@@ -116,41 +118,29 @@ def shrink(
 
 def measure(model: Model, data: Data, split: str = "val") -> Size:
     """What a model takes and scores, as it predicts (so that layers skipped for easy samples count as skipped)."""
-    batches = _batches(model, data, split)
-    was = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            several = _seconds(lambda: model.predict(batches[0]), 3)
-            single = [_seconds(lambda b=b: model.predict(b), 1, warm=i == 0) for i, b in enumerate(batches[1:])]
-    finally:
-        model.train(was)
+    own, held = task(model.task), split_of(data, split)
+    few: Any = Subset(held, range(min(TIMED, len(held))))  # type: ignore[arg-type]
+
+    def batches(size: int) -> list[Any]:
+        out = []
+        for _, batch in placed_batches(few, own.transform(model.preprocessing), own.collate, size, 0):
+            if isinstance(batch, FormariumError):  # a sample that can't be read
+                raise batch
+            out.append(to_device(batch, model.device))
+        return out
+
+    (together,), singles = batches(TIMED), batches(1)
+    turn = cycle(singles)
+    with evaluating(model), torch.inference_mode():
+        several = timed(lambda: model.predict(together), 3, math.inf, model.device)
+        single = timed(lambda: model.predict(next(turn)), len(singles), math.inf, model.device)
     return Size(
         parameters=model.parameters_count,
         bytes=len(save_bytes({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()})),
         latency_ms=1e3 * statistics.median(single),
-        throughput=len(batches[0]["id"]) / several,
+        throughput=len(few) / statistics.median(several),
         metrics=evaluate(model, data, split, bootstrap=0).metrics,
     )
-
-
-def _batches(model: Model, data: Data, split: str) -> list[dict[str, Any]]:
-    """One batch of the first held-out samples, then those samples one by one."""
-    task_, held, rng = task(model.task), data.splits[split], np.random.default_rng(0)
-    ready = task_.transform(model.preprocessing)
-    samples = [ready(held[i], rng) for i in range(min(TIMED, len(held)))]
-    return [to_device(task_.collate(part), model.device) for part in (samples, *([s] for s in samples))]
-
-
-def _seconds(call: Any, repeats: int, warm: bool = True) -> float:
-    if warm:
-        call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def _method(method: str | Method, target: float | None, options: dict[str, Any]) -> tuple[str, Method]:

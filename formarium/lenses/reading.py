@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from formarium.errors import BadInput
 from formarium.features import Feature, trace
-from formarium.model import Model
+from formarium.model import Model, evaluating
 from formarium.tasks.batches import joined, on, size_of, take
 
 # features -----------------------------------------------------------------------------------------------------------
@@ -41,18 +40,6 @@ class Reading:
         """The layers that match a glob side by side, [n, all their channels]."""
         found = [x for name, x in self.layers.items() if fnmatchcase(name, at)]
         return torch.cat(found, 1) if found else self.logits.new_empty(len(self.logits), 0)
-
-
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """The model in eval mode; afterwards as it was."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 def read(model: Model, batches: Sequence[Mapping[str, Any]], at: str | Sequence[str] = "*") -> Reading:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from formarium.errors import BadInput, UnknownName
 from formarium.features import taps, trace
+from formarium.model import evaluating
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,10 @@ def predictivity(
 def brain_score(model: Any, neurons: Neurons, *, at: str = "*blocks.*", batch: int = 64, **how: Any) -> dict[str, float]:
     """Predictivity of every layer that a glob over taps names, each by its tokens' mean and their 2 x 2 regional means where they lie on a
     grid; the model's mode is left as it was."""
-    names, was, read = [*taps(model, at)], model.training, {}
+    names, read = [*taps(model, at)], {}
     if not names:
         raise BadInput("at", expected="a glob that a tap's name matches", got=at)
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(neurons.images), batch):
             image = model.normalise(neurons.images[start : start + batch].to(model.device))
             for name, feature in trace(model, image, at=at).items():
@@ -109,6 +109,4 @@ def brain_score(model: Any, neurons: Neurons, *, at: str = "*blocks.*", batch: i
                 else:
                     x = x.mean(1)
                 read.setdefault(name, []).append(x.double().cpu().numpy())
-    finally:
-        model.train(was)
     return {name: predictivity(np.concatenate(parts), neurons, **how) for name, parts in read.items()}

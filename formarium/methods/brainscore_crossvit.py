@@ -22,7 +22,7 @@ from torch import Tensor
 from formarium.errors import BadInput
 from formarium.method import Method
 from formarium.methods.wrapping import Wrapped, finish, trunk_fields, why_not
-from formarium.model import Batch, Losses, Model, Stage
+from formarium.model import Batch, Losses, Model, Stage, evaluating
 from formarium.nn.attacks import fast_adversary, pgd, quarter_turns
 from formarium.nn.schedules import StepSchedule, piecewise_linear
 from formarium.tasks.batches import batches_of
@@ -144,22 +144,19 @@ def robustness(
     if eps < 0 or iterations < 1 or restarts < 1:
         raise BadInput("attack", expected="eps at least 0, one iteration and one restart at least", got=f"{eps}, {iterations}, {restarts}")
     batches = batches_of(model, data, samples=samples, seed=seed, split=split)
-    was, right, total = model.training, {}, 0
-    model.eval()
-    try:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            for whole in batches:
-                for start in range(0, len(whole["label"]), batch_size):
-                    image = whole["image"][start : start + batch_size].to(model.device)
-                    label = whole["label"][start : start + batch_size].to(model.device)
-                    for name, x in _attacked(model, image, label, eps, step or eps / 4, iterations, restarts).items():
-                        with torch.no_grad():
-                            said = model.predict({"image": x, "label": label}).label
-                        right[name] = right.get(name, 0) + int((said == label).sum())
-                    total += len(label)
-    finally:
-        model.train(was)
+    right: dict[str, int] = {}
+    total = 0
+    with evaluating(model), torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        for whole in batches:
+            for start in range(0, len(whole["label"]), batch_size):
+                image = whole["image"][start : start + batch_size].to(model.device)
+                label = whole["label"][start : start + batch_size].to(model.device)
+                for name, x in _attacked(model, image, label, eps, step or eps / 4, iterations, restarts).items():
+                    with torch.no_grad():
+                        said = model.predict({"image": x, "label": label}).label
+                    right[name] = right.get(name, 0) + int((said == label).sum())
+                total += len(label)
     return {name: count / total for name, count in right.items()}
 
 

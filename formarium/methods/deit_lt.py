@@ -27,9 +27,10 @@ from formarium.errors import BadInput, UnknownName
 from formarium.features import Feature, Features, taps, watching
 from formarium.method import Method
 from formarium.methods.sampling import Chosen, labels_of
-from formarium.methods.wrapping import Wrapped, finish, trunk_fields, why_not
-from formarium.model import Batch, Losses, Model, Stage, Turn
+from formarium.methods.wrapping import Wrapped, finish, glance, trunk_fields, why_not
+from formarium.model import Batch, Losses, Model, Stage, Turn, evaluating
 from formarium.task import Data
+from formarium.tasks.batches import batches_of, on
 from formarium.tasks.image_classification.augment import batch_transform
 from formarium.tasks.image_classification.model import ImageClassifier, Labels
 from formarium.tasks.image_classification.trunks import ViT
@@ -216,13 +217,8 @@ class Student(Wrapped):
             raise BadInput(f"{type(self.trunk).__name__}", expected="a tap at its features", got="none")
         self.place = names[-1]
         if not self.tokens:
-            meta = next(self.trunk.parameters()).is_meta
-            image = torch.zeros(1, c.in_channels, *self.trunk.image_size, device="meta" if meta else self.trunk.device)
-            was = self.trunk.training
-            with torch.no_grad():
-                self.trunk.eval()
-                _, feature = self._trace(image)
-                self.trunk.train(was)
+            (feature,) = glance(self.trunk, [self.place])
+            assert feature is not None
             self.head_dist = nn.Linear(feature.tokens.shape[2], c.num_classes)
             nn.init.trunc_normal_(self.head_dist.weight, std=0.02)
             nn.init.zeros_(self.head_dist.bias)
@@ -434,13 +430,9 @@ def groups(counts: Sequence[int]) -> dict[str, list[int]]:
 def shot_accuracy(model: ImageClassifier, data: Data, counts: Sequence[int] = (), split: str = "val") -> dict[str, dict[str, float]]:
     """Held-out accuracy overall and of head, medium and tail classes, each the mean over its classes: of the model ("mean" of its heads),
     and for a Student of each head ("cls", "dist") and the tokens' cosine. counts: by default the data's training images a class."""
-    from formarium.tasks.batches import batches_of, on
-
-    was = model.training
-    model.eval()
     said: dict[str, list[Tensor]] = {}
     labels, cosines = [], []
-    try:
+    with evaluating(model):
         for batch in batches_of(model, data, samples=len(data.splits[split]), split=split):
             batch = on(model.device, batch)
             labels.append(batch["label"].cpu())
@@ -450,8 +442,6 @@ def shot_accuracy(model: ImageClassifier, data: Data, counts: Sequence[int] = ()
                 said.setdefault("cls", []).append(out.cls.argmax(1).cpu())
                 said.setdefault("dist", []).append(out.dist.argmax(1).cpu())
                 cosines.append(model.cosine(model.normalise(batch["image"])).cpu())
-    finally:
-        model.train(was)
     label = torch.cat(labels)
     table: dict[str, dict[str, float]] = {}
     for head, answers in said.items():

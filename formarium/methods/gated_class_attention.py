@@ -28,12 +28,13 @@ from formarium.features import Features, Tap, taps, watching
 from formarium.method import Method
 from formarium.methods.sampling import of_classes
 from formarium.methods.wrapping import Wrapped, finish, shapes, trunk_fields, why_not
-from formarium.model import Batch, Losses, Model, Stage, Turn
+from formarium.model import Batch, Losses, Model, Stage, Turn, evaluating
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.gpsa import GatedPositionalAttention
 from formarium.nn.init import init_transformer
 from formarium.nn.mlp import MLP
 from formarium.task import Data
+from formarium.tasks.batches import batches_of, on
 from formarium.tasks.image_classification.model import ImageClassifier, Labels
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -454,16 +455,11 @@ class Continual(Wrapped):
     @torch.no_grad()
     def _first_look(self, task: int) -> Tensor:
         """Features of a task's own training images before it is learned, float [images, tokens, dim]."""
-        from formarium.tasks.batches import batches_of, on
-
-        was = self.training
-        self.eval()
         data: Any = self._data
         own = of_classes(data.splits["train"], self.classes(task))
         batches = batches_of(self, own, samples=min(256, len(own)), batch_size=64)
-        x = torch.cat([self.features(self.normalise(on(self.device, b)["image"])) for b in batches])
-        self.train(was)
-        return x
+        with evaluating(self):
+            return torch.cat([self.features(self.normalise(on(self.device, b)["image"])) for b in batches])
 
     def _remember(self) -> None:
         """The backbone as it is, as buffers: no parameters, but saved with them."""
@@ -473,17 +469,11 @@ class Continual(Wrapped):
     def remembered(self, image: Tensor) -> Tensor:
         """The last task's backbone's patches."""
         state = {n.removeprefix("last_").replace("/", "."): b for n, b in self.named_buffers(recurse=False) if n.startswith("last_")}
-        was = self.trunk.training
-        self.trunk.eval()
-        try:
-            with torch.no_grad():
-                found = Features()
-                read = {self.place: taps(self.trunk, self.place)[self.place]}
-                with watching(self.trunk, dict.fromkeys(read), found, read, {}):
-                    functional_call(self.trunk, state, (image,))
-            return found[self.place].tokens[:, found[self.place].prefix :]
-        finally:
-            self.trunk.train(was)
+        found = Features()
+        read = {self.place: taps(self.trunk, self.place)[self.place]}
+        with torch.no_grad(), evaluating(self.trunk), watching(self.trunk, dict.fromkeys(read), found, read, {}):
+            functional_call(self.trunk, state, (image,))
+        return found[self.place].tokens[:, found[self.place].prefix :]
 
     def loss(self, batch: Batch) -> Losses:
         """On the batch's images of the current task, and no others: binary cross entropy over all classes so far, the newest task's gates'
@@ -553,12 +543,9 @@ def accuracies(
 ) -> tuple[list[float], list[float]]:
     """(of each task's held-out images the accuracy among all classes, the same among the task's own). classes: a task's labels, by default
     as the Continual model has them."""
-    from formarium.tasks.batches import batches_of, on
-
-    was, own = model.training, classes or model.classes  # type: ignore[attr-defined]
-    model.eval()
+    own = classes or model.classes  # type: ignore[attr-defined]
     agnostic, aware = [], []
-    try:
+    with evaluating(model):
         for t in tasks:
             held = of_classes(data.splits[split], own(t))
             batches = [on(model.device, b) for b in batches_of(model, held, samples=len(held), batch_size=256)]
@@ -570,8 +557,6 @@ def accuracies(
                 told += int((mine[p[:, mine].argmax(1)] == batch["label"]).sum())
             agnostic.append(right / len(held))
             aware.append(told / len(held))
-    finally:
-        model.train(was)
     return agnostic, aware
 
 

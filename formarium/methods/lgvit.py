@@ -8,6 +8,7 @@ exit that is sure enough.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from formarium.method import Method
 from formarium.methods.wrapping import Wrapped, finish, shapes, target, trunk_fields, why_not
 from formarium.model import Batch, Losses, Model, Stage, Turn
 from formarium.nn.attention import SelfAttention
+from formarium.tasks.batches import batches_of, on
 from formarium.tasks.image_classification.model import ImageClassifier
 from formarium.tasks.image_classification.trunks import ViT
 
@@ -402,8 +404,8 @@ class LGViT(Method):
             return False
         model.eval()
         sure = [
-            model(model.normalise(b["image"])).exits.float().softmax(-1).amax(-1)
-            for b in _batches(model, data, split="train", most=samples)
+            model(model.normalise(b["image"].to(model.device))).exits.float().softmax(-1).amax(-1)
+            for b in batches_of(model, data, samples=samples, split="train")
         ]
         confidence = torch.cat(sure, 1)  # exits n
         blocks = torch.tensor([*model.config.exits, len(model.places)], dtype=torch.float64) / len(model.places)
@@ -431,7 +433,7 @@ def speed_accuracy(model: EarlyExit, data: Any, thresholds: Sequence[float] = (0
     from formarium.task import task
 
     before = (model.strategy, model.threshold)
-    batches = _batches(model, data)
+    batches = [on(model.device, b) for b in batches_of(model, data, samples=sys.maxsize)]
     rows = []
     try:
         model.eval()
@@ -455,17 +457,3 @@ def speed_accuracy(model: EarlyExit, data: Any, thresholds: Sequence[float] = (0
     finally:
         model.strategy, model.threshold = before
     return rows
-
-
-def _batches(model: EarlyExit, data: Any, size: int = 64, split: str = "val", most: int | None = None) -> list[dict[str, Any]]:
-    from formarium.task import Data, task
-
-    own = task(model.task)
-    if isinstance(data, str):
-        data = own.sample(data.removeprefix("sample:")) if data.startswith("sample:") else own.read(data)
-    if isinstance(data, Data):
-        ready, rng = own.transform(model.preprocessing), np.random.default_rng(0)
-        held = data.splits[split]
-        samples = [ready(held[i], rng) for i in range(min(len(held), most or len(held)))]
-        data = [own.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-    return [{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in data]

@@ -22,9 +22,8 @@ from formarium.errors import BadInput, FormariumError, UnknownName
 from formarium.features import Feature, Features, taps, watching
 from formarium.method import Method
 from formarium.methods.ofb_space import GatedLinear, LivingDepthwise, Space, attention_cells, embedding_cells, hidden_cells
-from formarium.methods.shrinking import Shrinking
 from formarium.methods.wrapping import Wrapped, finish, shapes, trunk_fields, why_not
-from formarium.model import Batch, Losses, Model, Stage, Turn
+from formarium.model import Batch, Losses, Model, Stage, Turn, evaluating
 from formarium.tasks.image_classification.model import ImageClassifier
 from formarium.tasks.image_classification.trunks import ViT
 
@@ -137,23 +136,20 @@ def narrowable(trunk: ImageClassifier) -> tuple[dict[str, Unit], dict[str, str]]
         return lambda module, args, kwargs: given.setdefault(name, (args, kwargs)) and None
 
     hooks = [trunk.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in found]
-    was = trunk.training
-    try:
-        image = torch.linspace(-1, 1, trunk.config.in_channels * math.prod(trunk.image_size), device=trunk.device)
-        nn.Module.__call__(trunk.eval(), (37 * image).sin().reshape(1, trunk.config.in_channels, *trunk.image_size))
-        units, modes = {}, {}
-        for hook in hooks:
-            hook.remove()
+    image = torch.linspace(-1, 1, trunk.config.in_channels * math.prod(trunk.image_size), device=trunk.device)
+    units, modes = {}, {}
+    with evaluating(trunk):
+        try:
+            nn.Module.__call__(trunk, (37 * image).sin().reshape(1, trunk.config.in_channels, *trunk.image_size))
+        finally:
+            for hook in hooks:
+                hook.remove()
         for name in given:
             unit, module = found[name], trunk.get_submodule(name)
             modes_to_try = ("joint", "channels") if unit.kind == "attention" else ("joint",)
             mode = next((m for m in modes_to_try if _agrees(module, unit, m, *given[name])), None)
             if mode is not None:
                 units[name], modes[name] = unit, mode
-    finally:
-        for hook in hooks:
-            hook.remove()
-        trunk.train(was)
     return units, modes
 
 
@@ -211,7 +207,7 @@ def masked_tokens(noise: Tensor, keep: float) -> Tensor:
 # the model ----------------------------------------------------------------------------------------------------------
 
 
-class Searched(Shrinking):
+class Searched(Wrapped):
     """A trunk whose modules' sizes are searched, or (config.sizes) one that has the sizes found. While searching, `spaces` are those of the
     embedding, where it is searched, and of `units`."""
 

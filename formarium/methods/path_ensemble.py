@@ -24,9 +24,10 @@ from formarium.errors import BadInput
 from formarium.features import Tap, taps
 from formarium.method import Method
 from formarium.methods.wrapping import Wrapped, finish, target, trunk_fields, why_not
-from formarium.model import Batch, Losses, Model, Stage, Turn
+from formarium.model import Batch, Losses, Model, Stage, Turn, evaluating
 from formarium.nn.drop import DropPath
 from formarium.nn.spectra import high_share
+from formarium.tasks.batches import batches_of, on
 from formarium.tasks.image_classification.model import ImageClassifier
 from formarium.tasks.image_classification.trunks import ViT
 
@@ -121,12 +122,10 @@ def stream_of(trunk: ImageClassifier) -> Stream:
     steps: list[Step] = []
     late: list[nn.Module] = []
     order: list[Tap] = []
-    was, device = trunk.training, trunk.device
-    x = torch.randn(2, trunk.config.in_channels, *trunk.image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(2, trunk.config.in_channels, *trunk.image_size, generator=torch.Generator().manual_seed(0)).to(trunk.device)
     handles = [tap.register_forward_hook(lambda m, a, o: order.append(m) or late.clear()) for _, tap in blocks]
     handles += [m.register_forward_hook(lambda m, a, o: late.append(m)) for m in trunk.modules() if isinstance(m, DropPath)]
-    trunk.eval()
-    try:
+    with evaluating(trunk):
         with _hooked(handles):
             plain = trunk(x)
         last, sorted_blocks = order[-1], sorted(blocks, key=lambda pair: order.index(pair[1]) if pair[1] in order else -1)
@@ -153,22 +152,15 @@ def stream_of(trunk: ImageClassifier) -> Stream:
         if [tap for _, tap in blocks[-len(branches) :]] != [s.tap for s in steps[-len(branches) :]]:
             return Stream(why="its blocks run in another order than they are held in")
         return Stream((*branches,), _reads_prefix_only(trunk, x, last))
-    finally:
-        trunk.train(was)
 
 
 @torch.no_grad()
 def width(trunk: ImageClassifier, tap: Tap) -> int:
     """How many channels pass a tap; works on the meta device, too."""
-    was, seen = trunk.training, []
-    meta = next(trunk.parameters()).is_meta
-    image = torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device="meta" if meta else trunk.device)
-    trunk.eval()
-    try:
-        with _hooked([tap.register_forward_hook(lambda m, a, out: seen.append(out.shape[1 if tap.layout == "map" else -1]))]):
-            nn.Module.__call__(trunk, image)
-    finally:
-        trunk.train(was)
+    seen: list[int] = []
+    hook = tap.register_forward_hook(lambda m, a, out: seen.append(out.shape[1 if tap.layout == "map" else -1]))
+    with evaluating(trunk), _hooked([hook]):
+        nn.Module.__call__(trunk, torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device=trunk.device))
     return int(seen[-1])
 
 
@@ -380,11 +372,10 @@ def removal(model: Ensemble, batches: Sequence[Batch], together: int = 8) -> tup
 
     Later blocks get the removed path all the same. A pruned path's entry is the model's own. together: ensembles in one pass of the head.
     """
-    was, weights = model.training, model.weights()
-    model.eval()
+    weights = model.weights()
     sums = torch.zeros(2, 1 + model.count, dtype=torch.float64)
     seen = 0
-    try:
+    with evaluating(model):
         for batch in batches:
             kept: list[Any] = []
             image, label = model.normalise(batch["image"]), batch["label"]
@@ -402,8 +393,6 @@ def removal(model: Ensemble, batches: Sequence[Batch], together: int = 8) -> tup
             sums[0] += (every.argmax(-1) == label).double().sum(1).cpu()
             sums[1] += F.cross_entropy(every.movedim(0, 2), label[:, None].expand(-1, len(kept)), reduction="none").double().sum(0).cpu()
             seen += len(label)
-    finally:
-        model.train(was)
     return sums[0] / seen, sums[1] / seen
 
 
@@ -462,12 +451,6 @@ def high_frequency_share(model: Ensemble, image: Tensor) -> tuple[float, float]:
 
 
 def _batches(model: Ensemble, data: Any, split: str, samples: int) -> list[Batch]:
-    from formarium.task import task
-    from formarium.tasks.batches import batches_of, on
-
-    if isinstance(data, str):
-        own = task(model.task)
-        data = own.sample(data.removeprefix("sample:")) if data.startswith("sample:") else own.read(data)
     return [on(model.device, b) for b in batches_of(model, data, samples=samples, split=split)]
 
 

@@ -22,10 +22,9 @@ from formarium.catalogue import make_config
 from formarium.errors import BadInput
 from formarium.features import Features, Tap, taps, watching
 from formarium.method import Method
-from formarium.methods.shrinking import Shrinking
 from formarium.methods.sit_slim_trunk import LVViT
 from formarium.methods.wrapping import Wrapped, finish, make_trunk, target, trunk_fields, why_not
-from formarium.model import Batch, Losses, Model, Stage, Turn
+from formarium.model import Batch, Losses, Model, Stage, Turn, evaluating
 from formarium.nn.init import init_transformer
 from formarium.nn.mlp import MLP
 from formarium.tasks.image_classification.model import ImageClassifier
@@ -138,12 +137,10 @@ def layers_of(trunk: ImageClassifier) -> list[Layer]:
         return lambda module, args, out: outputs.__setitem__(name, out if isinstance(out, tuple) else (out,))
 
     hooks = [trunk.get_submodule(name).register_forward_hook(keep(name), prepend=True) for name in names]
-    was, device = trunk.training, next(trunk.parameters()).device
     try:
-        with watching(trunk.eval(), dict.fromkeys(names), found, read, {}):
-            nn.Module.__call__(trunk, torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device=device))
+        with evaluating(trunk), watching(trunk, dict.fromkeys(names), found, read, {}):
+            nn.Module.__call__(trunk, torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device=trunk.device))
     finally:
-        trunk.train(was)
         for hook in hooks:
             hook.remove()
     out = []
@@ -183,19 +180,18 @@ def slimmable(trunk: ImageClassifier) -> tuple[list[list[Layer]], str]:
 def _refuses(trunk: ImageClassifier, layer: Layer) -> str:
     """Try half of the tokens behind one block: what breaks, or ""."""
     trial = TokenSlimming(layer, max(1, layer.tokens // 2)).to(next(trunk.parameters()).device)
-    image, was = torch.linspace(-1, 1, 2 * trunk.config.in_channels * trunk.image_size[0] * trunk.image_size[1]), trunk.training
+    image = torch.linspace(-1, 1, 2 * trunk.config.in_channels * trunk.image_size[0] * trunk.image_size[1])
     image = image.sin().reshape(2, trunk.config.in_channels, *trunk.image_size).to(next(trunk.parameters()).device)
-    trunk.eval()
     hook = trunk.get_submodule(layer.name).register_forward_hook(trial.after)
     try:
-        both, first = (nn.Module.__call__(trunk, x) for x in (image, image[:1]))
+        with evaluating(trunk):
+            both, first = (nn.Module.__call__(trunk, x) for x in (image, image[:1]))
         same = isinstance(both, Tensor) and both.shape[0] == 2 and torch.allclose(both[:1], first, rtol=1e-3, atol=1e-4)
         return "" if same else "samples would get mixed up"
     except Exception as e:  # whatever a network says that can't do it
         return f"{type(e).__name__}: {str(e).splitlines()[0]}" if str(e) else type(e).__name__
     finally:
         hook.remove()
-        trunk.train(was)
 
 
 def plan(depth: int, share: float, stages: int = STAGES) -> tuple[tuple[int, ...], float]:
@@ -225,7 +221,7 @@ def _ratio(blocks: Sequence[int], wanted: float) -> float:
 # the model ----------------------------------------------------------------------------------------------------------
 
 
-class Slimmed(Shrinking):
+class Slimmed(Wrapped):
     """A trunk with token slimming behind some of its blocks. While it learns it has reverse modules and a teacher, the trunk unslimmed;
     the last step of a fit leaves the slimmed network alone, and from then on `fit` trains it by cross entropy."""
 

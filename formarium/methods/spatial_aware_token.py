@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Feature, Features, Tap, taps, watching
 from formarium.method import Method
-from formarium.methods.wrapping import Wrapped, finish, make_trunk, shapes, target, trunk_fields, why_not
-from formarium.model import Batch, Losses, Model, Stage, Turn
+from formarium.methods.wrapping import Wrapped, finish, glance, make_trunk, shapes, target, trunk_fields, why_not
+from formarium.model import Batch, Losses, Model, Stage, Turn, evaluating
 from formarium.nn.attention import merge_heads, split_heads
 from formarium.tasks.image_classification.model import ImageClassifier
 from formarium.tasks.image_classification.trunks import ViT
@@ -270,28 +270,13 @@ def gated_places(trunk: ImageClassifier, count: int) -> list[str]:
     """Taps of the last `count` blocks on a grid of FEWEST_PLACES places or more; a last block whose class token alone is read further on
     isn't among them. Raises BadInput where there are none."""
     blocks = [*taps(trunk, "*blocks.*")]
-    found = dict(zip(blocks, _read(trunk, blocks), strict=True))
+    found = dict(zip(blocks, glance(trunk, blocks), strict=True))
     fine = [n for n, f in found.items() if f is not None and f.grid is not None and len(f.grid) == 2 and math.prod(f.grid) >= FEWEST_PLACES]
     if fine and fine[-1] == blocks[-1] and getattr(found[blocks[-1]], "prefix", 0):
         fine = fine[:-1]
     if not fine:
         raise BadInput(type(trunk).__name__, expected=f"blocks with taps on a grid of {FEWEST_PLACES} places or more", got="none")
     return fine[-count:]
-
-
-@torch.no_grad()
-def _read(trunk: ImageClassifier, names: Sequence[str]) -> list[Feature | None]:
-    """What a forward on zeros passes at each tap, None where nothing does."""
-    was, found = trunk.training, Features()
-    read = {name: tap for name, tap in taps(trunk).items() if name in names}
-    device = "meta" if next(trunk.parameters()).is_meta else trunk.device
-    image = torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device=device)
-    try:
-        with watching(trunk.eval(), dict.fromkeys(read), found, read, {}):
-            nn.Module.__call__(trunk, image)
-    finally:
-        trunk.train(was)
-    return [found.get(n) for n in names]
 
 
 class SAT(Method):
@@ -313,10 +298,8 @@ class SAT(Method):
             gated_places(model, self.options["gated"])  # type: ignore[arg-type]
         except BadInput as e:
             return str(e)
-        with torch.no_grad():
-            was = model.training
-            out = nn.Module.__call__(model.eval(), torch.zeros(1, model.config.in_channels, *model.image_size, device=model.device))  # type: ignore[attr-defined]
-            model.train(was)
+        with torch.no_grad(), evaluating(model):
+            out = nn.Module.__call__(model, torch.zeros(1, model.config.in_channels, *model.image_size, device=model.device))  # type: ignore[attr-defined]
         return "" if isinstance(out, Tensor) and out.ndim == 2 else "its forward gives more than logits"
 
     def apply(self, model: Any, data: Any = None) -> SpatialAware:

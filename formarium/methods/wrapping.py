@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from formarium.catalogue import create, make_config, resolve
 from formarium.errors import BadInput
 from formarium.features import Feature, Features, taps, watching
-from formarium.model import Batch, Model
+from formarium.model import Batch, Model, evaluating
 from formarium.tasks.image_classification.model import ImageClassifier
-from formarium.tasks.image_classification.trunks import Swin, ViT
-
-TRUNKS: dict[str, type[ImageClassifier]] = {"vit": ViT, "swin": Swin}
+from formarium.tasks.image_classification.trunks import TRUNKS
 
 
 class Wrapped(ImageClassifier):
@@ -97,25 +95,24 @@ def finish(made: M, slug: str, model: ImageClassifier) -> M:
 
 
 @torch.no_grad()
-def shapes(trunk: ImageClassifier, places: Sequence[str]) -> list[Feature]:
-    """What a forward on zeros passes at each of some taps, for its shape, grid and prefix; works on the meta device, too.
-
-    Raises BadInput for tokens that don't lie on a grid of two dimensions.
-    """
-    was, meta = trunk.training, next(trunk.parameters()).is_meta
+def glance(trunk: ImageClassifier, places: Sequence[str]) -> list[Feature | None]:
+    """What a forward on zeros passes at each of some taps, for its shape, grid and prefix, None where nothing does; works on the meta
+    device, too."""
     found = Features()
     read = {name: tap for name, tap in taps(trunk, "*").items() if name in places}
-    image = torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device="meta" if meta else trunk.device)
-    try:
-        with watching(trunk.eval(), dict.fromkeys(read), found, read, {}):
-            nn.Module.__call__(trunk, image)
-    finally:
-        trunk.train(was)
-    for name in places:
-        feature = found.get(name)
+    with evaluating(trunk), watching(trunk, dict.fromkeys(read), found, read, {}):
+        nn.Module.__call__(trunk, torch.zeros(1, trunk.config.in_channels, *trunk.image_size, device=trunk.device))
+    return [found.get(name) for name in places]
+
+
+def shapes(trunk: ImageClassifier, places: Sequence[str]) -> list[Feature]:
+    """The same of taps that all must pass tokens on a grid of two dimensions. Raises BadInput for others."""
+    out: list[Feature] = []
+    for name, feature in zip(places, glance(trunk, places), strict=True):
         if feature is None or feature.grid is None or len(feature.grid) != 2:
             raise BadInput(f"tap {name}", expected="tokens on a grid of two dimensions", got="others" if feature else "none in a forward")
-    return [found[name] for name in places]
+        out.append(feature)
+    return out
 
 
 def target(batch: Batch) -> Tensor:

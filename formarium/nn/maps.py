@@ -6,7 +6,9 @@ Tokens [batch, h * w, dim] are a channels-last map [batch, dim, h, w] without mo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -20,6 +22,15 @@ def tokens_to_map(x: Tensor, grid: Grid) -> Tensor:
 def map_to_tokens(x: Tensor) -> Tensor:
     """[batch, dim, h, w] -> [batch, h * w, dim]; a view where x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def run_stages(stages: Iterable[nn.Module], image: Tensor) -> list[tuple[Tensor, Grid]]:
+    """What each of a pyramid's stages (map -> tokens and their grid) gives, one after the other, from a channels-last image on."""
+    out, x = [], image.contiguous(memory_format=torch.channels_last)
+    for stage in stages:
+        out.append(stage(x))
+        x = tokens_to_map(*out[-1])
+    return out
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -18,7 +18,7 @@ from formarium.features import Tap
 from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
-from formarium.nn.maps import Grid, init_convs, map_to_tokens, tokens_to_map
+from formarium.nn.maps import Grid, init_convs, map_to_tokens, run_stages, tokens_to_map
 from formarium.tasks.image_classification.model import ImageClassifier
 
 
@@ -181,19 +181,12 @@ class SMT(ImageClassifier):
         """Normalised image [batch, channels, height, width] to logits [batch, classes] (or the pyramid, where dense)."""
         if self.config.dense:
             return self.pyramid(image)
-        tokens, grid = self._run(image)[-1]
+        tokens, grid = run_stages(self.stages, image)[-1]
         return self.head(self.features(tokens, grid=grid).mean(1))
 
     def pyramid(self, image: Tensor) -> tuple[Tensor, ...]:
         """Normalised maps [batch, dims[i], h, w] at strides 4, 8, 16, 32."""
-        return tuple(tokens_to_map(tokens, grid) for tokens, grid in self._run(image))
-
-    def _run(self, image: Tensor) -> list[tuple[Tensor, Grid]]:
-        out, x = [], image.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            out.append(stage(x))
-            x = tokens_to_map(*out[-1])
-        return out
+        return tuple(tokens_to_map(tokens, grid) for tokens, grid in run_stages(self.stages, image))
 
     def check_size(self, height: int, width: int) -> None:
         if min(height, width) < 8:

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formarium.catalogue import create, make_config, resolve
+from formarium.catalogue import create, make_config, model_class, resolve
 from formarium.errors import BadInput
+from formarium.model import evaluating
 from formarium.tasks.image_classification.model import ImageClassifier
-from formarium.tasks.image_classification.trunks import Swin, ViT
-
-TRUNKS: dict[str, type[ImageClassifier]] = {"vit": ViT, "swin": Swin}
+from formarium.tasks.image_classification.trunks import TRUNKS
 
 
 def make_backbone(name: str, config: Mapping[str, Any] | None = None) -> ImageClassifier:
@@ -29,8 +28,6 @@ def make_backbone(name: str, config: Mapping[str, Any] | None = None) -> ImageCl
     card, _ = resolve(name)
     if card.kind != "model" or card.task != "image-classification":
         raise BadInput(name, expected="an image backbone", got=f"a {card.kind} for {card.task}")
-    from formarium.catalogue import model_class
-
     dense = {"dense": True} if "dense" in model_class(card).Config.__dataclass_fields__ else {}
     made: Any = create(name, **dense, **own)
     if not dense:  # what only classifies isn't on the way to the maps
@@ -42,12 +39,9 @@ def make_backbone(name: str, config: Mapping[str, Any] | None = None) -> ImageCl
 @torch.no_grad()
 def pyramid_channels(backbone: ImageClassifier, side: int = 64) -> tuple[int, ...]:
     """The channels of each of the pyramid's maps, found by a forward on zeros (for nothing on the meta device)."""
-    was = backbone.training
     image = torch.zeros(1, backbone.config.in_channels, side, side, device=next(backbone.parameters()).device)
-    try:
-        return tuple(x.shape[1] for x in backbone.eval().pyramid(image))
-    finally:
-        backbone.train(was)
+    with evaluating(backbone):
+        return tuple(x.shape[1] for x in backbone.pyramid(image))
 
 
 def padded_to(image: Tensor, multiple: int) -> Tensor:

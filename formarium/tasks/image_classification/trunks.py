@@ -246,3 +246,6 @@ class Swin(ImageClassifier):
 
     def no_weight_decay(self) -> set[str]:
         return {"*.attention.table"}
+
+
+TRUNKS: dict[str, type[ImageClassifier]] = {"vit": ViT, "swin": Swin}  # by the word that configs have for them
