@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from formarium.nn.kept import kept
 
 Network = Callable[[Tensor], Tensor]
 Sides = tuple[int, ...]
@@ -27,7 +28,7 @@ def reflect_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def reflected(side: int, wanted: int) -> Tensor:
     """Indices 0 .. wanted - 1 folded back into 0 .. side - 1: 0 1 2 1 0 1 ... for side 3."""
     period = max(1, 2 * (side - 1))
@@ -108,7 +109,7 @@ def starts(sides: Sides, window: Sides, overlap: float) -> Iterator[Sides]:
     return itertools.product(*axes)
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def window_weight(window: Sides, weighting: str) -> Tensor:
     """float32 [*window], more than 0. The gaussian is separable, centred, 1 at its peak, nowhere less than a thousandth."""
     if weighting == "constant":

@@ -8,7 +8,6 @@ keys) between them, so that its cost grows linearly with the length. Every proje
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.features import Tap
+from formarium.nn.kept import kept
 from formarium.nn.time_convs import depthwise_over_time
 from formarium.tasks.speech_separation.model import SpeechSeparator
 
@@ -47,7 +47,7 @@ class ConvProjection(nn.Module):
         return self.drop(x + depthwise_over_time(x, self.conv.weight))
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def rotations(frames: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of frame times frequency, float32 [frames, dim] each, a frequency for each pair of channels."""
     frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
@@ -175,9 +175,9 @@ class MossFormer(SpeechSeparator):
         """Encoded frames [b, dim, n] to one mask a speaker, float [b, speakers, dim, n], at least 0."""
         b, _, n = frames.shape
         x = self.project(self.norm_in(frames))
-        skip = x = x + self.position_scale * _kept(sinusoids, self.config.dim, n, x.device)
+        skip = x = x + self.position_scale * sinusoids(self.config.dim, n, x.device)
         x = self.tokens(x.transpose(1, 2))
-        cosine, sine = _kept(rotations, n, min(ROTATED, self.config.qk_dim), x.device)
+        cosine, sine = rotations(n, min(ROTATED, self.config.qk_dim), x.device)
         for block in self.blocks:
             x = block(x, cosine, sine)
         x = self.norm_out(self.norm_blocks(x).transpose(1, 2)) + skip
@@ -191,17 +191,9 @@ class MossFormer(SpeechSeparator):
         return self.config.kernel
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def sinusoids(dim: int, frames: int, device: torch.device) -> Tensor:
     """Sines of frame times frequency, then cosines, float32 [dim, frames]."""
     frequency = 1 / (10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
     angle = frequency[:, None] * torch.arange(frames, dtype=torch.float32, device=device)
     return torch.cat([angle.sin(), angle.cos()])
-
-
-def _kept(table, *args):
-    """A table from the cache; while a graph is captured, made anew, so that it is part of the graph."""
-    if torch.compiler.is_compiling():
-        return table.__wrapped__(*args)
-    with torch.inference_mode(False):  # a training step may read it later
-        return table(*args)

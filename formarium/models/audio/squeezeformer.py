@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.kept import kept
 from formarium.nn.time_convs import depthwise_over_time
 from formarium.tasks.speech_recognition.model import SpeechRecogniser
 
@@ -41,7 +41,7 @@ def front(c: Squeezeformer.Config) -> nn.Module:
     return Scale(c.dim) if c.adaptive_scale else nn.LayerNorm(c.dim, eps=EPS)
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def relative_table(frames: int, dim: int, device: torch.device) -> Tensor:
     """Sinusoids of the offsets frames-1 ... -(frames-1), float32 [2 frames - 1, dim], sine and cosine in turn."""
     offset = torch.arange(frames - 1, -frames, -1, dtype=torch.float32, device=device)[:, None]
@@ -281,7 +281,7 @@ class Squeezeformer(SpeechRecogniser):
         x = self.tokens(self.subsampling(features, length))
         keep = inside(self._attended(length), x.shape[1])
         x = self.norm(self.drop(x * c.dim**0.5))
-        positions = self._positions(x)
+        positions = relative_table(x.shape[1], x.shape[2], x.device)
         before: list[tuple[Tensor, Tensor, Tensor]] = []
         depth = 0
         for i, block in enumerate(self.blocks):
@@ -289,7 +289,7 @@ class Squeezeformer(SpeechRecogniser):
                 before[depth:] = [(x, keep, positions)]
                 x = self.reductions[depth](x, keep)
                 keep = keep[:, ::2]
-                positions = self._positions(x)
+                positions = relative_table(x.shape[1], x.shape[2], x.device)
                 depth += 1
             if i in c.recover_at:
                 depth -= 1
@@ -298,12 +298,6 @@ class Squeezeformer(SpeechRecogniser):
                 x = skip + self.recoveries[depth](x)
             x = block(x, keep, positions)
         return self.features(x)
-
-    def _positions(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a table kept from another call would be a constant of the graph
-            return relative_table.__wrapped__(x.shape[1], x.shape[2], x.device)
-        with torch.inference_mode(False):  # a training step may read it later
-            return relative_table(x.shape[1], x.shape[2], x.device)
 
     def _attended(self, length: Tensor) -> Tensor:
         """Frames after subsampling that attention and convolutions take for speech."""
