@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +141,29 @@ def both(name: str, ours: nn.Module, theirs: nn.Module, *inputs: Tensor, modes: 
         yield Pair(name, "train", step(ours, lambda: squares(ours(*inputs))), step(theirs, lambda: squares(theirs(*inputs))))
 
 
+def _stays(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Where the authors' code moves tensors and modules to a GPU, they stay, for a while."""
+    with mock.patch.object(Tensor, "cuda", _stays), mock.patch.object(nn.Module, "cuda", _stays):
+        yield
+
+
 def forward(model: nn.Module, *inputs: Any) -> Callable[[], Any]:
     """A forward in evaluation mode, without gradient."""
-    model.eval()
+    return calling(model, lambda: model(*inputs))
+
+
+def calling(model: nn.Module, call: Callable[[], Any]) -> Callable[[], Any]:
+    """What else a model is asked, in the same way."""
 
     def run() -> Any:
+        model.eval()
         with torch.inference_mode():
-            return model(*inputs)
+            return call()
 
     return run
 

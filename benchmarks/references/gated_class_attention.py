@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from references import TIMM, Pair, forward, importing, recorded, squares, step
+from references import TIMM, Pair, forward, importing, on_cpu, recorded, squares, step
 
 REPOSITORY = "OcraM17/GCAB-CFDC"
-
-
-@contextmanager
-def on_cpu() -> Iterator[None]:
-    """Their code moves what it makes to a GPU."""
-    with ExitStack() as stack:
-        for cls in (nn.Module, Tensor):
-            stack.enter_context(mock.patch.object(cls, "cuda", lambda self: self))
-        yield
 
 
 class Answer(nn.Module):

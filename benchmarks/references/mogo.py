@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from references import Pair, importing, recorded
+from references import Pair, calling, importing, on_cpu, recorded
 
 REPOSITORY = "MiRECoFu/Mogo"
 
@@ -21,12 +21,8 @@ def pairs(clone: Path) -> Iterator[Pair]:
     args: dict[str, Any] = dict(r.constructor)
     quantisers = args.pop("num_quantizers")
     said = SimpleNamespace(num_quantizers=quantisers, shared_codebook=args.pop("shared_codebook"), quantize_dropout_prob=0.0, mu=0.99)
-    cuda = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
-    try:
+    with on_cpu():
         theirs = RVQVAE(said, **args)
-    finally:
-        torch.Tensor.cuda = cuda  # type: ignore[method-assign]
     own = theirs.state_dict()
     theirs.load_state_dict({k: v for k, v in r.state.items() if k in own}, strict=False)
     for layer in theirs.quantizer.layers:
@@ -40,18 +36,8 @@ def pairs(clone: Path) -> Iterator[Pair]:
         codes, _ = theirs.encode(motion)
         return theirs.forward_decoder(codes)
 
-    with torch.no_grad():
-        a, b = (f() for f in (lambda: (r.ours.eval(), ours_says())[1], lambda: (theirs.eval(), theirs_says())[1]))
-        if not torch.allclose(a, b, atol=1e-3):
-            raise SystemExit(f"mogo_rvqvae says something else than formarium: {(a - b).abs().max():.2g}")
-    yield Pair("mogo_rvqvae, 4 motions of 196 frames", "forward", forward_of(r.ours, ours_says), forward_of(theirs, theirs_says))
-
-
-def forward_of(model: Any, says: Any) -> Any:
-    model.eval()
-
-    def run() -> Any:
-        with torch.inference_mode():
-            return says()
-
-    return run
+    ours, other = calling(r.ours, ours_says), calling(theirs, theirs_says)
+    a, b = ours(), other()
+    if not torch.allclose(a, b, atol=1e-3):
+        raise SystemExit(f"mogo_rvqvae says something else than formarium: {(a - b).abs().max():.2g}")
+    yield Pair("mogo_rvqvae, 4 motions of 196 frames", "forward", ours, other)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from formarium.models.text import posformer as ours_module
-from references import Pair, importing, recorded, step
+from references import Pair, calling, importing, on_cpu, recorded, step
 
 REPOSITORY = "SJTU-DeepVisionLab/PosFormer"
 SIZE, BEAMS, STEPS = (96, 256), 4, 30
@@ -34,9 +34,6 @@ def pairs(clone: Path) -> Iterator[Pair]:
         data.vocab, data.vocab_size = vocab.vocab, len(vocab.vocab)  # type: ignore[attr-defined]
         from Pos_Former.model.posformer import PosFormer
         from Pos_Former.utils.utils import ce_loss_all, to_bi_tgt_out
-
-    def on_cpu() -> patch:  # they move the identifiers to a GPU
-        return patch.object(Tensor, "cuda", lambda self: self)
 
     r = recorded("posformer", "posformer_base")
     theirs = PosFormer(**r.constructor)
@@ -82,14 +79,8 @@ def pairs(clone: Path) -> Iterator[Pair]:
     rows = torch.stack(targets.chunk(2), 1)
     batch = {"image": image, "mask": mask, "tokens": tokens}
 
-    def ours_forward() -> object:
-        r.ours.eval()
-        with torch.inference_mode():
-            return r.ours(image, mask, rows, identifiers(rows, r.ours))
-
-    def their_forward() -> object:
-        theirs.eval()
-        with torch.inference_mode(), on_cpu():
+    def their_answer() -> object:
+        with on_cpu():
             return theirs(image, mask, targets, None)
 
     def their_loss() -> Tensor:
@@ -99,19 +90,16 @@ def pairs(clone: Path) -> Iterator[Pair]:
         symbols, levels, places = ce_loss_all(symbols, out, levels, level, places, place)
         return (symbols + 0.25 * levels + 0.25 * places) / 1.5
 
+    ours_forward = calling(r.ours, lambda: r.ours(image, mask, rows, identifiers(rows, r.ours)))
     size = f"2 images of {SIZE[0]}x{SIZE[1]}"
-    yield Pair(f"posformer_base, {size}", "forward", ours_forward, their_forward)
+    yield Pair(f"posformer_base, {size}", "forward", ours_forward, calling(theirs, their_answer))
     yield Pair(f"posformer_base, {size}", "train", step(r.ours, lambda: r.ours.loss(batch).total), step(theirs, their_loss))
 
     searching = type(r.ours)(replace(r.ours.config, beams=BEAMS, max_len=STEPS))
     searching.load_state_dict(r.ours.state_dict())
     searching.eval()
 
-    def their_search() -> object:
-        theirs.eval()
-        with torch.inference_mode():
-            return theirs.beam_search(image, mask, BEAMS, STEPS, 1.0, False, 1.0)
-
+    their_search = calling(theirs, lambda: theirs.beam_search(image, mask, BEAMS, STEPS, 1.0, False, 1.0))
     yield Pair(f"posformer_base, beam search, {size}, {STEPS} steps", "forward", lambda: searching.search(image, mask), their_search)
 
 

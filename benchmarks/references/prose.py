@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from formarium.authors.prose import call
 from formarium.tasks.operator_learning.symbols import BOS, EOS, PAD
-from references import Pair, forward, importing, recorded, step
+from references import Pair, calling, forward, importing, recorded, step
 
 REPOSITORY = "felix-lyx/prose"
 TABLES, SAMPLES, QUERIES, WORDS = 4, 64, 64, 48
@@ -68,11 +68,7 @@ def pairs(clone: Path) -> Iterator[Pair]:
         _, of_text = theirs.text_decoder("predict", tensor=y, pred_mask=every, y=equation.T[1:].flatten(), get_scores=False)
         return 6 * of_data + of_text
 
-    def their_forward() -> object:
-        theirs.eval()
-        with torch.inference_mode():
-            return _heads(theirs, *theirs(*inputs))
-
+    their_forward = calling(theirs, lambda: _heads(theirs, *theirs(*inputs)))
     name = f"prose_ode, {TABLES} of {SAMPLES} samples and {WORDS} words"
     with torch.no_grad():
         mine, other = float(r.ours.eval().loss(batch).total), float(their_loss())

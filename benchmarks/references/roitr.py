@@ -6,7 +6,7 @@ Its neighbour search and its farthest points are kernels for GPUs: both sides ha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from formarium.engine.records import read_record
 from formarium.models.points.roitr import mutual_matches, node_overlaps
 from formarium.nn.ops.points import farthest_points, nearest_neighbours
-from references import Pair, forward, importing, recorded, step
+from references import Pair, forward, importing, on_cpu, recorded, step
 
 REPOSITORY = "haoyu94/RoITr"
 LOSS = Path(__file__).resolve().parents[2] / "tests" / "parity" / "roitr" / "roitr_loss.safetensors"
@@ -35,12 +35,10 @@ def farthest(b: int, n: int, points: Tensor, offset: Tensor, new_offset: Tensor,
 
 
 @contextmanager
-def on_cpu() -> Iterator[None]:
+def here() -> Iterator[None]:
     """Their code asks for a GPU by name."""
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Tensor, "cuda", lambda self: self))
-        for name in ("IntTensor", "FloatTensor"):
-            stack.enter_context(mock.patch.object(torch.cuda, name, getattr(torch, name)))
+    floats = mock.patch.object(torch.cuda, "FloatTensor", torch.FloatTensor)
+    with on_cpu(), floats, mock.patch.object(torch.cuda, "IntTensor", torch.IntTensor):
         yield
 
 
@@ -51,13 +49,13 @@ class Theirs(nn.Module):
 
     def forward(self, b: dict[str, Tensor]) -> dict[str, Tensor]:
         source, target = b["source"][0], b["target"][0]
-        with on_cpu():
+        with here():
             return self.model(source, target, torch.ones(len(source), 1), torch.ones(len(target), 1), b["source_normals"][0],
                               b["target_normals"][0], torch.eye(3), torch.zeros(3, 1), source)  # fmt: skip
 
     def loss(self, b: dict[str, Tensor]) -> Tensor:
         found = self(b)
-        with on_cpu():
+        with here():
             return self.criterion(found, {"rot": torch.eye(3)[None], "trans": torch.zeros(1, 3, 1)})["loss"]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from formarium.authors import authors_of
 from formarium.tasks.time_series_classification.shapelets import candidates
-from references import Pair, both, importing, recorded
+from references import Pair, both, importing, on_cpu, recorded
 
 REPOSITORY = "xuanmay2701/shapeformer"
 
@@ -30,7 +29,7 @@ def pairs(clone: Path) -> Iterator[Pair]:
         """Their forward moves indices to a GPU."""
 
         def forward(self, x: Tensor) -> Any:
-            with mock.patch.object(Tensor, "cuda", lambda self: self):
+            with on_cpu():
                 return super().forward(x, 0)
 
     r = recorded("shapeformer", "shapeformer_basicmotions")

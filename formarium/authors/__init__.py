@@ -110,6 +110,21 @@ def authors_of(slug: str) -> Authors:
     return import_module(f"formarium.authors.{slug}").authors
 
 
+def vit_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain ViT's Config (tasks/image_classification/trunks) of the arguments that timm's and its descendants' have for it."""
+    size = theirs.get("img_size", 224)
+    return {
+        "image_size": tuple(size) if isinstance(size, (list, tuple)) else size,
+        "patch_size": theirs.get("patch_size", 16),
+        "dim": theirs.get("embed_dim", 768),
+        "depth": theirs.get("depth", 12),
+        "heads": theirs.get("num_heads", 12),
+        "mlp_ratio": theirs.get("mlp_ratio", 4),
+        "qkv_bias": theirs.get("qkv_bias", True),
+        "norm_eps": theirs.get("norm_eps", 1e-6),
+    }
+
+
 def load_state(model: Model, state: Mapping[str, Tensor], skip: Sequence[str] = (), source: str = "checkpoint") -> None:
     """Load the authors' state dict strictly: no key left over or missing, every shape equal.
 

@@ -8,29 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formarium.authors import Authors, Rename, State
+from formarium.authors import Authors, Rename, State, vit_config
 from formarium.methods.deit_lt import Student, Teacher, class_balanced_weights, distillation_loss
 
 BLOCK, OURS = "blocks.{i}", "trunk.blocks.{i}"
 
 
 def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
-    size = theirs.get("img_size", 224)
-    trunk = {
-        "image_size": tuple(size) if isinstance(size, (list, tuple)) else size,
-        "patch_size": theirs.get("patch_size", 16),
-        "dim": theirs.get("embed_dim", 768),
-        "depth": theirs.get("depth", 12),
-        "heads": theirs.get("num_heads", 12),
-        "mlp_ratio": theirs.get("mlp_ratio", 4),
-        "qkv_bias": theirs.get("qkv_bias", True),
-        "norm_eps": theirs.get("norm_eps", 1e-6),
-        "distilled": True,
-        "resize_offset": 0.1,
-    }
     return {
         "trunk": "vit",
-        "trunk_config": trunk,
+        "trunk_config": {**vit_config(theirs), "distilled": True, "resize_offset": 0.1},
         "num_classes": theirs.get("num_classes", 1000),
         "in_channels": theirs.get("in_chans", 3),
     }

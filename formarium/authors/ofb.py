@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formarium.authors import Authors, State
+from formarium.authors import Authors, State, vit_config
 from formarium.methods.ofb import Searched, cut, gated, masked_tokens, reconstruction_loss, unit_of
 from formarium.methods.ofb_space import Space, attention_cells, hidden_cells
 from formarium.nn.attention import SelfAttention
@@ -27,17 +27,8 @@ def mode(theirs: dict[str, Any]) -> str:
 
 def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     """Of MIMVisionTransformer's arguments. Its attentions always have biases; qkv_bias changes nothing."""
-    trunk = {
-        "image_size": theirs.get("img_size", 224),
-        "patch_size": theirs.get("patch_size", 16),
-        "dim": theirs.get("embed_dim", 768),
-        "depth": theirs.get("depth", 12),
-        "heads": theirs.get("num_heads", 12),
-        "mlp_ratio": theirs.get("mlp_ratio", 4.0),
-        "norm_eps": theirs.get("norm_eps", 1e-6),
-        "distilled": theirs.get("distilled", False),
-        "drop_path": theirs.get("drop_path_rate", 0.0),
-    }
+    own = vit_config({**theirs, "qkv_bias": True})
+    trunk = {**own, "distilled": theirs.get("distilled", False), "drop_path": theirs.get("drop_path_rate", 0.0)}
     return {
         "trunk": "vit",
         "trunk_config": trunk,

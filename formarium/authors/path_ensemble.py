@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from formarium.authors import Authors
+from formarium.authors import Authors, vit_config
 from formarium.errors import BadInput
 from formarium.methods.path_ensemble import Ensemble
 
@@ -26,25 +26,13 @@ def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     for key, known in FIXED.items():
         if theirs.get(key, known[0]) not in known:
             raise BadInput(key, expected=f"{known[0]}, as in a DeiT", got=str(theirs[key]))
-    size = theirs.get("img_size", 224)
-    trunk = {
-        "image_size": tuple(size) if isinstance(size, (list, tuple)) else size,
-        "patch_size": theirs.get("patch_size", 16),
-        "dim": theirs.get("embed_dim", 768),
-        "depth": theirs.get("depth", 12),
-        "heads": theirs.get("num_heads", 12),
-        "mlp_ratio": theirs.get("mlp_ratio", 4),
-        "qkv_bias": theirs.get("qkv_bias", True),
-        "norm_eps": theirs.get("norm_eps", 1e-6),
-    }
-    scale = theirs.get("ensemble_scale", False)
     return {
         "trunk": "vit",
-        "trunk_config": trunk,
+        "trunk_config": vit_config(theirs),
         "branches": (),
         "num_classes": theirs.get("num_classes", 1000),
         "in_channels": theirs.get("in_chans", 3),
-        "scale": scale,
+        "scale": theirs.get("ensemble_scale", False),
     }
 
 

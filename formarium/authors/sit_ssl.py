@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from formarium.authors import Authors, State
+from formarium.authors import Authors, State, vit_config
 from formarium.methods.sit_ssl import SelfSupervised, contrastive_loss, masked_difference
 
 BLOCK, OURS = "backbone.blocks.{i}", "trunk.blocks.{i}"
@@ -17,18 +17,8 @@ def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     names = header.get("state", {})
     pretext = any(k.startswith("head_recons.") for k in names) if names else "FullPipline" in header["reference"]["entry"]
     size = theirs.get("img_size", 224)
-    trunk = {
-        "image_size": size[0] if isinstance(size, (list, tuple)) else size,
-        "patch_size": theirs.get("patch_size", 16),
-        "dim": theirs.get("embed_dim", 768),
-        "depth": theirs.get("depth", 12),
-        "heads": theirs.get("num_heads", 12),
-        "mlp_ratio": theirs.get("mlp_ratio", 4),
-        "qkv_bias": theirs.get("qkv_bias", True),
-        "norm_eps": theirs.get("norm_eps", 1e-6),
-        "drop_path": theirs.get("drop_path_rate", 0.0),
-        "resize_offset": 0.1,
-    }
+    own = {**theirs, "img_size": size[0] if isinstance(size, (list, tuple)) else size}
+    trunk = {**vit_config(own), "drop_path": theirs.get("drop_path_rate", 0.0), "resize_offset": 0.1}
     return {
         "trunk": "vit",
         "trunk_config": trunk,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from formarium.authors import Authors, State, load_state
+from formarium.authors import Authors, State, load_state, vit_config
 from formarium.catalogue import create
 from formarium.methods.spatial_aware_token import localisation_loss, normalisation_loss
 
@@ -17,17 +17,8 @@ def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     entry = header.get("reference", {}).get("entry", "")
     made = next((s for s in SIZES if f"deit_sat_{s}" in entry), "")  # these functions fix what the class leaves open
     dim, heads = SIZES.get(made, (768, 12))
-    trunk = {
-        "image_size": theirs.get("img_size", 224),
-        "patch_size": theirs.get("patch_size", 16),
-        "dim": theirs.get("embed_dim", dim),
-        "depth": theirs.get("depth", 12),
-        "heads": theirs.get("num_heads", heads),
-        "mlp_ratio": theirs.get("mlp_ratio", 4),
-        "qkv_bias": theirs.get("qkv_bias", bool(made)),
-        "norm_eps": theirs.get("norm_eps", 1e-6 if made else 1e-5),
-        "dense": True,
-    }
+    own = {"embed_dim": dim, "num_heads": heads, "qkv_bias": bool(made), "norm_eps": 1e-6 if made else 1e-5, **theirs}
+    trunk = {**vit_config(own), "dense": True}
     gated = max(0, int(trunk["depth"]) - 9)  # blocks from the tenth on, whatever the depth; the map is of the last three
     return {"trunk": "vit", "trunk_config": trunk, "gated": gated, "mapped": 3, "in_channels": theirs.get("in_chans", 3),
             "num_classes": theirs.get("num_classes", 1000)}  # fmt: skip

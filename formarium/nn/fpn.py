@@ -22,8 +22,13 @@ def resized(x: Tensor, like: Tensor, mode: str = "bilinear") -> Tensor:
     return F.interpolate(x, size=size, mode=mode, align_corners=False if mode == "bilinear" else None)
 
 
+def group_norm(dim: int) -> nn.GroupNorm:
+    """Of 32 groups, or as many as leave each two channels."""
+    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if dim % g == 0 and dim > g), dim)
+
+
 class ConvNormAct(nn.Sequential):
-    """Convolution without bias, norm, ReLU. norm: "batch", or "group" (32 groups, or as many as leave each two channels)."""
+    """Convolution without bias, norm, ReLU. norm: "batch" or "group"."""
 
     def __init__(self, dim: int, out: int, kernel: int = 3, norm: str = "batch"):
         made = (

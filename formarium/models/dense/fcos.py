@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from formarium.features import Tap
 from formarium.model import Batch, Losses
-from formarium.nn.fpn import FPN
+from formarium.nn.fpn import FPN, group_norm
 from formarium.nn.image_boxes import generalised_iou, iou, to_corners
 from formarium.nn.matching import sigmoid_focal
 from formarium.tasks.image_classification.backbones import make_backbone, padded_to, pyramid_channels
@@ -43,12 +43,11 @@ class Head(nn.Module):
 
     def __init__(self, levels: int, dim: int, classes: int, convs: int = 4, prior: float = 0.01):
         super().__init__()
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if dim % g == 0 and dim > g)
 
         def tower() -> nn.Sequential:
             made: list[nn.Module] = []
             for _ in range(convs):
-                made += [nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(groups, dim), nn.ReLU()]
+                made += [nn.Conv2d(dim, dim, 3, padding=1), group_norm(dim), nn.ReLU()]
             return nn.Sequential(*made)
 
         self.class_tower, self.box_tower = tower(), tower()

@@ -59,8 +59,8 @@ class SemanticFPN(Segmenter):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised image [batch, 3, height, width], any size, to logits [batch, classes, height, width]."""
-        maps = self.backbone.pyramid(padded_to(image, self.config.multiple))
-        return self._enlarged(self._decoded(maps), image)
+        padded = padded_to(image, self.config.multiple)
+        return self._enlarged(self._decoded(self.backbone.pyramid(padded)), padded, image)
 
     def _decoded(self, maps: tuple[Tensor, ...]) -> Tensor:
         x = self.decoder.fuse(self.neck(maps))
@@ -68,19 +68,20 @@ class SemanticFPN(Segmenter):
         x = self.features(x.flatten(2).transpose(1, 2), grid=grid).transpose(1, 2).unflatten(2, grid)
         return self.decoder.classify(self.decoder.dropout(x))
 
-    def _enlarged(self, logits: Tensor, image: Tensor) -> Tensor:
-        full = padded_to(image[:, :1], self.config.multiple)
-        return resized(logits, full)[..., : image.shape[2], : image.shape[3]]
+    @staticmethod
+    def _enlarged(logits: Tensor, padded: Tensor, image: Tensor) -> Tensor:
+        return resized(logits, padded)[..., : image.shape[2], : image.shape[3]]
 
     def loss(self, batch: Batch) -> Losses:
         """Cross entropy of the pixels that have a class, and of the auxiliary head's."""
         image = self.normalise(batch["image"])
         self.check_input(image)
-        maps = self.backbone.pyramid(padded_to(image, self.config.multiple))
-        own = pixel_cross_entropy(self._enlarged(self._decoded(maps), image), batch["label"])
+        padded = padded_to(image, self.config.multiple)
+        maps = self.backbone.pyramid(padded)
+        own = pixel_cross_entropy(self._enlarged(self._decoded(maps), padded, image), batch["label"])
         if not self.config.auxiliary:
             return Losses(own, {"cross_entropy": own})
-        aside = pixel_cross_entropy(self._enlarged(self.auxiliary(maps[max(0, len(maps) - 2)]), image), batch["label"])
+        aside = pixel_cross_entropy(self._enlarged(self.auxiliary(maps[max(0, len(maps) - 2)]), padded, image), batch["label"])
         return Losses(own + self.config.auxiliary * aside, {"cross_entropy": own, "auxiliary": aside})
 
     def no_weight_decay(self) -> set[str]:

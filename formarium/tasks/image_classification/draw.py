@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,16 +18,23 @@ INK, RIGHT, WRONG = (40, 44, 52), (0, 120, 100), (190, 60, 40)
 
 def draw(prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = (), most: int = 16) -> Image.Image:
     """Up to 16 images with what the model says of each; where the label is known, the wrong ones say what was right."""
+    return sheet(prediction, batch, names, most, _tile)
+
+
+def sheet(
+    prediction: Any, batch: Mapping[str, Any], names: Sequence[str], most: int, tile: Callable[[torch.Tensor], Image.Image]
+) -> Image.Image:
+    """The contact sheet: `tile` makes a picture, TILE pixels square, of each of the batch's samples."""
     probabilities = prediction.probabilities.float().cpu()
     names = names or [str(i) for i in range(probabilities.shape[1])]
-    images = batch["image"][:most].float().cpu()
+    images = [x.float().cpu() for x in batch["image"][:most]]
     columns = min(8, len(images))
     lines = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (TILE + PAD) + PAD, lines * (TILE + CAPTION + PAD) + PAD), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    board = Image.new("RGB", (columns * (TILE + PAD) + PAD, lines * (TILE + CAPTION + PAD) + PAD), "white")
+    pen, font = ImageDraw.Draw(board), ImageFont.load_default(size=12)
     for i, image in enumerate(images):
         x, y = PAD + (i % columns) * (TILE + PAD), PAD + (i // columns) * (TILE + CAPTION + PAD)
-        sheet.paste(_tile(image), (x, y))
+        board.paste(tile(image), (x, y))
         said = int(probabilities[i].argmax())
         text = f"{_short(names[said])} {probabilities[i, said]:.0%}"
         if "label" not in batch:
@@ -38,7 +45,7 @@ def draw(prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = (), m
         if said != true:
             pen.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=WRONG, width=2)
             pen.text((x, y + TILE + 17), f"is {_short(names[true])}", INK, font)
-    return sheet
+    return board
 
 
 def _tile(image: torch.Tensor) -> Image.Image:

@@ -7,37 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from formarium.tasks.image_classification.draw import draw_confusion
+from formarium.tasks.image_classification.draw import TILE, draw_confusion, sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TILE, CAPTION, PAD = 128, 34, 10
-INK, RIGHT, WRONG = (40, 44, 52), (0, 120, 100), (190, 60, 40)
-
 
 def draw(prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = (), most: int = 16) -> Image.Image:
     """Up to 16 samples with what the model says of each; where the label is known, the wrong ones say what was right."""
-    probabilities = prediction.probabilities.float().cpu()
-    names = names or [str(i) for i in range(probabilities.shape[1])]
-    images = [x.float().cpu() for x in batch["image"][:most]]
-    columns = min(8, len(images))
-    lines = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (TILE + PAD) + PAD, lines * (TILE + CAPTION + PAD) + PAD), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for i, image in enumerate(images):
-        x, y = PAD + (i % columns) * (TILE + PAD), PAD + (i // columns) * (TILE + CAPTION + PAD)
-        sheet.paste(tile(image), (x, y))
-        said = int(probabilities[i].argmax())
-        text = f"{names[said][:12]} {probabilities[i, said]:.0%}"
-        true = int(batch["label"][i]) if "label" in batch else None
-        pen.text((x, y + TILE + 2), text, INK if true is None else RIGHT if said == true else WRONG, font)
-        if true is not None and said != true:
-            pen.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=WRONG, width=2)
-            pen.text((x, y + TILE + 17), f"is {names[true][:12]}", INK, font)
-    return sheet
+    return sheet(prediction, batch, names, most, tile)
 
 
 def tile(image: torch.Tensor, side: int = TILE) -> Image.Image:
