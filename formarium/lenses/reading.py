@@ -50,7 +50,7 @@ def read(model: Model, batches: Sequence[Mapping[str, Any]], at: str | Sequence[
     pooled: dict[str, list[Tensor]] = {}
     means: dict[str, list[Tensor]] = {}
     logits = []
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for batch in batches:
             found = trace(model, on(model.device, batch), at=at if isinstance(at, str) else tuple(at))
             if classifies(found.output, batch):
