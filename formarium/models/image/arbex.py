@@ -9,7 +9,8 @@ low, it is corrected by two other opinions, weighted by how sure they are:
     a   = softmax(attention(e)), summed over anchors                                         (attention)
     r   = (s c_s + a c_a) / (c_s + c_a),   corrected = (1 - trust) p + trust (c p + (1 - c) r)
 
-trust rises from 0 to 1 over training.
+trust rises from 0 to 1 over training. What is learned from is the corrected distribution; what is predicted is the primary one, as in the
+authors' evaluation, or the corrected one (correct=True), as in the paper.
 """
 
 from __future__ import annotations
@@ -271,8 +272,9 @@ def centre_loss(distances: Tensor, label: Tensor, confidence: Tensor, dim: int) 
 
 
 class Expressions(NamedTuple):
-    """probabilities: float32 [batch, classes], corrected. label: int64 [batch]. primary: before correction. confidence: [batch], of the
-    primary distribution, 0 to 1. distances: [batch, classes, anchors], Euclidean, in embedding space."""
+    """probabilities: float32 [batch, classes], primary or corrected as the Config says. label: int64 [batch], theirs. primary: before
+    correction. confidence: [batch], of the primary distribution, 0 to 1. distances: [batch, classes, anchors], Euclidean, in embedding
+    space."""
 
     probabilities: Tensor
     label: Tensor
@@ -326,7 +328,7 @@ class ARBEx(ImageClassifier):
         most_trust: float = 1.0  # that training reaches; 0 leaves a plain classifier
         weights: tuple[float, ...] = (1.0, 1.0, 1.0)  # of the classification, anchor and centre losses
         balanced: bool = True  # classes weigh alike in the loss, however rare
-        correct: bool = True  # False: predict gives the primary distribution, as the authors' evaluation does by default
+        correct: bool = False  # predict gives the primary distribution, as the authors' evaluation does; True: the paper's corrected one
         frozen: tuple[str, ...] = ()  # of "image" and "landmark": pre-trained backbones that don't move
         unused_layers: bool = True
         in_channels: int = 3
@@ -467,7 +469,7 @@ class ARBEx(ImageClassifier):
         return Losses(total, {"classification": classification, "anchor": apart, "centre": centre})
 
     def predict(self, batch: Batch) -> Expressions:
-        """The distribution corrected with the trust that training has reached (none before it: then it is the primary one)."""
+        """The primary distribution, or (correct=True) the one corrected with the trust that training has reached, none before it."""
         self._must_classify()
         embedding = self.embedding(self.normalise(batch["image"]))
         out = self.reliability(embedding, self.head(embedding), self.trust if self.config.correct else 0.0)

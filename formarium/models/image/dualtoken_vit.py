@@ -28,6 +28,7 @@ from formarium.nn.light import GatedMLP, LightStem, MergePatches
 from formarium.nn.maps import Grid, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
 from formarium.nn.ops.feed_forward import feed_forward
+from formarium.nn.ops.gelu import gelu
 from formarium.tasks.image_classification.model import ImageClassifier
 
 EPS = 1e-6  # of the blocks' own norms
@@ -67,7 +68,7 @@ class StepwiseDown(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = tokens_to_map(x, grid)
         for look, down in zip(self.look, self.down, strict=True):
-            x = down(F.gelu(look(x)))
+            x = down(gelu(look(x)))
         height, width = x.shape[2:]
         fits = isinstance(height, int) and isinstance(width, int) and (height, width) == self.grid
         if not fits:  # a graph of open size always resizes; to the same grid that changes nothing
