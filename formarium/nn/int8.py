@@ -10,6 +10,7 @@ all else: these few columns are left out of it and multiplied in floating point,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -30,7 +31,9 @@ def quantize_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Te
 
     Outlier columns have an entry of magnitude >= threshold; their codes are 0, and such entries don't count for the scales.
     """
-    codes, scale, outliers = _rounded(x, threshold)
+    codes, scale, outliers = _rounded(x, threshold)[:3]
+    if outliers is None and threshold > 0:
+        outliers = torch.empty(0, dtype=torch.int64, device=x.device)
     return codes.to(torch.int8), scale, outliers
 
 
@@ -39,18 +42,26 @@ def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.flo
     return (codes * (scale * (1 / 127)).unsqueeze(1)).to(dtype)
 
 
-def _rounded(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`quantize_rows` with its codes still in float32."""
-    size, outliers = x.abs(), None
+def _rounded(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """`quantize_rows` with its codes still in float32, None where there are no outliers, and the largest magnitude of all.
+
+    That is looked at first: mostly it is below the threshold, and no column need be searched. It is NaN where threshold is 0, and under
+    a compiler.
+    """
+    size, outliers, top = x.abs(), None, math.nan
+    scale = size.amax(1)
+    tracing = torch.compiler.is_compiling()
     if threshold > 0:
-        outliers = (size.amax(0) >= threshold).nonzero().squeeze(1)
-        if torch.compiler.is_compiling() or len(outliers):
-            size = size.masked_fill(size >= threshold, 0)
-    scale = size.amax(1).float()
+        top = math.nan if tracing else float(scale.max())
+        if not top < threshold:
+            outliers = (size.amax(0) >= threshold).nonzero().squeeze(1)
+            outliers = outliers if tracing or len(outliers) else None
+            scale = size.masked_fill_(size >= threshold, 0).amax(1)
+    scale = scale.float()
     codes = (x.float() * (127 / scale.clamp(min=_TINY)).unsqueeze(1)).round_()
-    if outliers is not None and (torch.compiler.is_compiling() or len(outliers)):
+    if outliers is not None:
         codes = codes.index_fill_(1, outliers, 0)
-    return codes, scale, outliers
+    return codes, scale, outliers, top
 
 
 def int8_linear(x: Tensor, codes: Tensor | Packed, scale: Tensor, bias: Tensor | None = None, threshold: float = 6.0) -> Tensor:
@@ -58,21 +69,20 @@ def int8_linear(x: Tensor, codes: Tensor | Packed, scale: Tensor, bias: Tensor |
 
     threshold 0 turns the decomposition off.
     """
-    rounded, x_scale, outliers = _rounded(x, threshold)
-    some = outliers is not None and (torch.compiler.is_compiling() or len(outliers) > 0)
+    rounded, x_scale, outliers, top = _rounded(x, threshold)
     columns = None  # of the weight, where the input has outliers: [outliers, out]
     if isinstance(codes, Packed):
-        if not torch.isfinite(x_scale).all():  # the kernel takes no NaN; the scale carries it to the output
+        if not math.isfinite(top) and not torch.isfinite(x_scale).all():  # the kernel takes no NaN; the scale carries it to the output
             rounded = rounded.nan_to_num_(0, 127, -127)
-        product, columns = codes.product(rounded, outliers if some else None)
+        product, columns = codes.product(rounded, outliers)
     elif multiplies_bytes(x.device):
         product = integer_product(rounded.to(torch.int8), codes).float()
     else:
         product = float_product(rounded, codes)
     y = _rescale(product, x_scale, scale, bias, x.dtype)
-    if some:
-        columns = codes.index_select(1, outliers).t() if columns is None else columns  # type: ignore[union-attr, arg-type]
-        y = torch.addmm(y, x.index_select(1, outliers), (columns * scale).mul_(1 / 127).to(x.dtype))  # type: ignore[arg-type]
+    if outliers is not None:
+        columns = codes.index_select(1, outliers).t() if columns is None else columns  # type: ignore[union-attr]
+        y = torch.addmm(y, x.index_select(1, outliers), (columns * scale).mul_(1 / 127).to(x.dtype))
     return y
 
 
@@ -135,8 +145,10 @@ class Int8Linear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(x.to(torch.get_autocast_dtype(device)))
         compiling = torch.compiler.is_compiling()
         if compiling and self.packed is not None:
             fix = "formarium.nn.int8.unpack(model) before torch.compile or export"
@@ -144,13 +156,12 @@ class Int8Linear(nn.Module):
         if not compiling and not x.numel():
             return x.new_zeros(*x.shape[:-1], self.out_features)
         flat = x.reshape(-1, self.in_features)
-        with torch.autocast(x.device.type, enabled=False):
-            if self.training and x.device.type == "cpu":
-                y = F.linear(flat, self.read(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            elif torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)) and not compiling:
-                y = _Frozen.apply(flat, self.bias, self)
-            else:
-                y = int8_linear(flat, self.stored, self.scale, self.bias, self.threshold)
+        if self.training and device == "cpu":
+            y = F.linear(flat, self.read(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        elif torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)) and not compiling:
+            y = _Frozen.apply(flat, self.bias, self)
+        else:
+            y = int8_linear(flat, self.stored, self.scale, self.bias, self.threshold)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from formarium.nn.convs import ConvBN
 from formarium.nn.maps import Grid, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
+from formarium.nn.ops.gelu import gelu
 
 
 class LightStem(nn.Module):
@@ -27,11 +28,18 @@ class LightStem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Grid]:
-        fine = image.contiguous(memory_format=torch.channels_last)
-        for conv in self.convs:
-            fine = F.gelu(conv(fine))
-        x = self.project(fine)
+        image = image.contiguous(memory_format=torch.channels_last)
+        if self.training or torch.compiler.is_compiling() or image.device.type != "cpu" or torch.is_grad_enabled():
+            fine, x = self.run(image)
+        else:  # one image's maps stay in the cache
+            fine, x = (torch.cat(part) for part in zip(*map(self.run, image.split(1)), strict=True))
         return fine, self.norm(map_to_tokens(x)), (x.shape[2], x.shape[3])
+
+    def run(self, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """Image to the maps at strides 4 and 8."""
+        for conv in self.convs:
+            fine = gelu(conv(fine))
+        return fine, self.project(fine)
 
 
 class MergePatches(nn.Module):
@@ -82,9 +90,9 @@ class BiGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x)
-        mean = F.gelu(self.mean(z.mean(1, keepdim=True)))  # b 1 narrow
+        mean = gelu(self.mean(z.mean(1, keepdim=True)))  # b 1 narrow
         for_own, for_mean = self.token.weight.chunk(2, dim=1)  # the mean's part is the same for all tokens: no need to repeat it
-        token = F.linear(F.gelu(self.own(z)), for_own) + F.linear(mean, for_mean, self.token.bias)  # b n 1
+        token = F.linear(gelu(self.own(z)), for_own) + F.linear(mean, for_mean, self.token.bias)  # b n 1
         return x * (self.channel(mean).sigmoid() * token.sigmoid())
 
 

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from formarium.nn.ops.gelu import gelu
+
 SLAB = 1 << 20  # floats of hidden activations at a time (4 MB), the best of 2^16 .. 2^21 on two machines with 32 MB of shared cache
 
 
 def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
     """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, GELU (exact, or "tanh"), w2 [out, hidden], b2."""
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+    return F.linear(gelu(F.linear(x, w1, b1), approximate), w2, b2)
 
 
 def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
@@ -29,27 +31,41 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, appr
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2))
     if x.numel() // x.shape[-1] * w1.shape[0] <= SLAB * (8 if train else 1):
         return feed_forward_plain(x, w1, b1, w2, b2, approximate)
-    return _Slabs.apply(x, w1, b1, w2, b2, approximate)
+    if train:
+        return _Slabs.apply(x, w1, b1, w2, b2, approximate)
+    return _in_slabs(x, w1, b1, w2, b2, approximate)
+
+
+def _in_slabs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str, kept: list[Tensor] | None = None) -> Tensor:
+    """`feed_forward_plain` slab by slab; `kept` takes each slab's hidden pre-activations, [rows, hidden], for a backward."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = _rows(w1)
+    out = x.new_empty(rows.shape[0], w2.shape[0])
+    hidden = None if kept is not None else x.new_empty(min(step, rows.shape[0]), w1.shape[0])  # one buffer for all
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        if kept is None:
+            active = gelu(torch.addmm(b1, part, w1.t(), out=hidden[: len(part)]), approximate)  # type: ignore[index]
+        else:
+            kept.append(torch.addmm(b1, part, w1.t()))
+            active = F.gelu(kept[-1], approximate=approximate)
+        torch.addmm(b2, active, w2.t(), out=out[start : start + step])
+    return out.view(*x.shape[:-1], -1)
+
+
+def _rows(w1: Tensor) -> int:
+    """Of a slab."""
+    return max(1, SLAB // w1.shape[0])
 
 
 class _Slabs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        step = max(1, SLAB // w1.shape[0])
-        train = any(ctx.needs_input_grad)
-        out = x.new_empty(rows.shape[0], w2.shape[0])
-        kept = []
-        for start in range(0, rows.shape[0], step):
-            hidden = torch.addmm(b1, rows[start : start + step], w1.t())
-            if train:
-                kept.append(hidden)
-            active = F.gelu(hidden, approximate=approximate) if train else torch.ops.aten.gelu_(hidden, approximate=approximate)
-            torch.addmm(b2, active, w2.t(), out=out[start : start + step])
-        if train:
-            ctx.step, ctx.approximate = step, approximate
-            ctx.save_for_backward(x, w1, w2, *kept)
-        return out.view(*x.shape[:-1], -1)
+        kept: list[Tensor] = []
+        out = _in_slabs(x, w1, b1, w2, b2, approximate, kept)
+        ctx.step, ctx.approximate = _rows(w1), approximate
+        ctx.save_for_backward(x, w1, w2, *kept)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -102,15 +102,11 @@ class Packed:
                 part, found = self.product(a[start : start + _ROWS], columns)
                 out[start : start + _ROWS] = part
             return out, found
-        m = len(a)
-        asked = 1 if columns is None or not len(columns) else len(columns)
-        rows = a.new_zeros(2 * m + asked, a.shape[1])
-        torch.clamp(a, min=0, out=rows[:m])
-        torch.clamp(a, max=0, out=rows[m : 2 * m]).neg_()
-        if columns is None or not len(columns):
-            rows[-1, 0] = 127  # no other row need have one
+        m, some = len(a), columns is not None and len(columns) > 0
+        reader = a.new_zeros(len(columns) if some else 1, a.shape[1])  # type: ignore[arg-type]
+        if some:
+            reader[torch.arange(len(reader)), columns] = 127  # a row of zeros and one entry reads a column out
         else:
-            rows[torch.arange(2 * m, 2 * m + asked), columns] = 127  # a row of zeros and one entry reads a column out
-        out = torch.ops.quantized.linear_dynamic(rows, self._params, True)
-        found = out[2 * m :] / 127 if columns is not None and len(columns) else None
-        return out[:m].sub_(out[m : 2 * m]), found
+            reader[0, 0] = 127  # no other row need have one
+        out = torch.ops.quantized.linear_dynamic(torch.cat((a, -a, reader)).relu_(), self._params, True)
+        return out[:m].sub_(out[m : 2 * m]), out[2 * m :] / 127 if some else None

@@ -1,0 +1,50 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from formarium.nn.ops import feed_forward as slabs
+from formarium.nn.ops.gelu import gelu
+
+LAYOUTS = {
+    "rows": lambda: torch.randn(5, 7),
+    "map": lambda: torch.randn(2, 6, 4, 3),
+    "channels_last": lambda: torch.randn(2, 6, 4, 3).contiguous(memory_format=torch.channels_last),
+    "view": lambda: torch.randn(2, 6, 4, 8)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_is_gelu_in_any_layout(layout, approximate):
+    x = LAYOUTS[layout]()
+    wanted, strides = F.gelu(x.clone(), approximate=approximate), x.stride()
+    with torch.no_grad():
+        y = gelu(x, approximate)
+    torch.testing.assert_close(y, wanted)
+    assert y.stride() == strides and y.data_ptr() == x.data_ptr()  # in place
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_gradients_it_leaves_its_input_alone(layout):
+    x = LAYOUTS[layout]().requires_grad_()
+    before = x.detach().clone()
+    y = gelu(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    (wanted,) = torch.autograd.grad(F.gelu(x).square().sum(), x)
+    torch.testing.assert_close(grad, wanted)
+    assert torch.equal(x, before)
+
+
+def test_inference_with_trainable_weights_keeps_no_hidden_activations(monkeypatch):
+    monkeypatch.setattr(slabs, "SLAB", 3 * 24)
+
+    def keeps(*args, **kwargs):
+        raise AssertionError("the path for training, which keeps them")
+
+    monkeypatch.setattr(slabs._Slabs, "apply", keeps)
+    w1, b1, w2, b2 = (torch.randn(s, requires_grad=True) for s in ((24, 8), (24,), (5, 24), (5,)))
+    x = torch.randn(40, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(slabs.feed_forward(x, w1, b1, w2, b2), slabs.feed_forward_plain(x, w1, b1, w2, b2))
+    with pytest.raises(AssertionError, match="training"):
+        slabs.feed_forward(x, w1, b1, w2, b2)
