@@ -100,9 +100,13 @@ def sharpen_mask(mask: Tensor | None, temperature: float) -> Tensor | None:
     """An additive mask or bias divided by the temperature, and still finite where it was; a boolean one stays as it is."""
     if mask is None or mask.dtype == torch.bool:
         return mask
-    lowest = torch.finfo(mask.dtype).min
-    divided = (mask / temperature).clamp(min=lowest)
-    return torch.where(mask == -math.inf, mask, divided)
+    divided = mask / temperature
+    if temperature >= 1:  # nothing overflows
+        return divided
+    lost = divided.detach().isneginf() & ~mask.detach().isneginf()
+    if not torch.compiler.is_compiling() and not lost.any():
+        return divided
+    return divided.masked_fill(lost, torch.finfo(mask.dtype).min)
 
 
 def probabilities(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
