@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from importlib import import_module
@@ -14,6 +15,7 @@ from formarium.catalogue import cards
 from formarium.task import TASKS, task
 
 ROOT = Path(__file__).parent.parent
+SPEEDS = "<!-- speeds: benchmarks/speed.json -->"
 START, END = "<!-- systems: made by docs/pages.py -->", "<!-- /systems -->"
 
 
@@ -28,6 +30,47 @@ def on_files(files, config):
 
 def on_nav(nav, config, files):
     return nav
+
+
+def on_page_markdown(markdown, page, config, files):
+    """mkdocs hook: the table of measured speeds, where a page asks for it."""
+    return markdown.replace(SPEEDS, speeds())
+
+
+def measured(kind: str) -> dict[str, dict]:
+    """What a script of benchmarks/ wrote last, by system."""
+    path = ROOT / "benchmarks" / f"{kind}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def speeds() -> str:
+    lines = ["| system | timed | forward | training | beside |", "| --- | --- | --- | --- | --- |"]
+    for slug, found in sorted(measured("speed").items()):
+        for name in dict.fromkeys(r["name"] for r in found["rows"]):
+            ratios = {r["mode"]: f"{r['ratio']:.2f}" for r in found["rows"] if r["name"] == name}
+            lines.append(
+                f"| [`{slug}`](../systems/{slug}.md) | {name} | {ratios.get('forward', '')} | {ratios.get('train', '')} | {found['peer']} |"
+            )
+    return "\n".join(lines)
+
+
+def results(card: Card) -> list[str]:
+    """What was measured of a system: its demo beside the trivial rival, its speed beside its authors' code."""
+    parts = []
+    if demo := measured("demos").get(card.slug):
+        key, rival = demo["metric"], demo["baseline"]
+        parts.append(
+            f"On `sample:{demo['data']}`: {key.replace('_', ' ')} {demo['score']:.3g} after {demo['fit_seconds']:.0f} s of training; "
+            f"{rival['name']}: {rival[key]:.3g} (`{demo['command']}`, seed {demo['seed']}, {demo['machine']}, threads: {demo['threads']})."
+        )
+    if speed := measured("speed").get(card.slug):
+        rows = "; ".join(
+            f"{r['name']}, {'training step' if r['mode'] == 'train' else r['mode']} {r['ms']:.0f} ms against {r['peer_ms']:.0f} ms "
+            f"({r['ratio']:.2f}x)"
+            for r in speed["rows"]
+        )
+        parts.append(f"Beside {speed['peer']} (`{speed['command']}`, {speed['machine']}, threads: {speed['threads']}): {rows}.")
+    return parts
 
 
 def table(prefix: str = "systems/", linked: bool = True) -> str:
@@ -68,6 +111,8 @@ def page(card: Card) -> str:
     picture = ROOT / "docs" / "pictures" / f"{card.slug}.png"
     if picture.exists():
         parts.append(f"![what it gives on the sample data](../pictures/{card.slug}.png)")
+    if found := results(card):
+        parts += ["## Measured", *found]
     parts += ["## Claim", card.claim, "## Limits", "\n".join(f"- {limit}" for limit in card.limits)]
     if card.variants:
         parts += ["## Variants", _variants(card)]

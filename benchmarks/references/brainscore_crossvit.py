@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from speed import timm_model
 
 from formarium.methods.brainscore_crossvit import BrainScoreCrossViT
 from references import Pair, importing, on_cpu, recorded, step
-from speed import timm_model
 
 REPOSITORY = "williamberrios/BrainScore-Transformers"
 

@@ -65,7 +65,7 @@ def made(detector: Any, **how: Any) -> nn.Module:
     """Theirs, from the arguments that their command line would take."""
     backbone, _ = getattr(detector, how["backbone"])()
     backbone.finetune_det("vidt", how["det_token_num"], how["pos_dim"], how["cross_indices"])
-    transformer = detector.build_deforamble_transformer(SimpleNamespace(**how, reduced_dim=how["pos_dim"], dropout=0.0))
+    transformer = detector.build_deforamble_transformer(SimpleNamespace(**how, reduced_dim=how["pos_dim"], dropout=0.1))
     return detector.Detector(
         backbone,
         transformer,

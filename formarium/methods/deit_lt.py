@@ -80,6 +80,7 @@ class ResNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = F.relu(self.norm(self.conv(image)))
+        stage: Any  # a ModuleList
         for stage in self.stages:
             for block in stage:
                 x = block(x)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from formarium.features import Tap
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.drop import Dropout
 from formarium.nn.ops.deformable_attention import DeformableAttention, Shapes
 
 
@@ -42,7 +43,7 @@ class DeformableDecoderLayer(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.norm = nn.LayerNorm(dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.tap = Tap()
 
     def forward(self, x: Tensor, positions: Tensor, reference: Tensor, memory: Tensor, shapes: Shapes, padding: Tensor | None) -> Tensor:

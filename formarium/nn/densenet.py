@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formarium.features import Tap
+from formarium.nn.drop import Dropout
 
 
 class Bottleneck(nn.Module):
@@ -22,12 +23,12 @@ class Bottleneck(nn.Module):
         self.norm1 = nn.BatchNorm2d(4 * growth)
         self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(growth)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.tap = Tap("map")
 
     def forward(self, x: Tensor) -> Tensor:
-        new = self.dropout(F.relu(self.norm1(self.conv1(x))))
-        new = self.dropout(F.relu(self.norm2(self.conv2(new))))
+        new = self.dropout(F.relu(self.norm1(self.conv1(x)), inplace=True))
+        new = self.dropout(F.relu(self.norm2(self.conv2(new)), inplace=True))
         return self.tap(torch.cat([x, new], 1))
 
 
@@ -38,10 +39,10 @@ class Transition(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels // 2, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels // 2)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.dropout(F.relu(self.norm(self.conv(x)))), 2, ceil_mode=True)
+        return F.avg_pool2d(self.dropout(F.relu(self.norm(self.conv(x)), inplace=True)), 2, ceil_mode=True)
 
 
 class DenseNet(nn.Module):
@@ -70,7 +71,7 @@ class DenseNet(nn.Module):
         self.out_channels = channels
 
     def forward(self, image: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.max_pool2d(F.relu(self.stem_norm(self.stem(image))), 2, ceil_mode=True)
+        x = F.max_pool2d(F.relu(self.stem_norm(self.stem(image)), inplace=True), 2, ceil_mode=True)
         x = self.tokens(x)
         for stage, blocks in enumerate(self.blocks):
             for block in blocks:  # type: ignore[attr-defined]

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+ROWS = 512  # of the decoder that are worked on at a time: they stay in the cache from one operation to the next
+
 
 class TranscoderLosses(NamedTuple):
     """Scalars: total = mse + l1 + ghost."""
@@ -70,13 +72,15 @@ class Transcoder(nn.Module):
     @torch.no_grad()
     def unit_rows(self) -> None:
         """Decoder rows of length 1: without it the sparsity's price could be paid by large rows."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        for rows in self.W_dec.split(ROWS):
+            rows.div_(rows.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
     def drop_parallel_gradient(self) -> None:
         """What of the decoder's gradient would only change a row's length."""
         if self.W_dec.grad is not None:
-            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+            for grad, rows in zip(self.W_dec.grad.split(ROWS), self.W_dec.split(ROWS), strict=True):
+                grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
     @torch.no_grad()
     def centre(self, x: Tensor, target: Tensor) -> None:

@@ -15,6 +15,7 @@ from formarium.nn.drop import DropPath
 from formarium.nn.maps import LayerNorm2d, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
 from formarium.nn.nd_windows import biased_attention
+from formarium.nn.ops.gelu import gelu
 from formarium.nn.windows import from_groups, relative_offsets, to_groups
 
 Grid = tuple[int, int]
@@ -90,7 +91,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         y = tokens_to_map(x, grid)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = norm(conv(y)) if i == 2 else F.gelu(norm(conv(y)))
+            y = norm(conv(y)) if i == 2 else gelu(norm(conv(y)))
         return x + map_to_tokens(y)
 
 

@@ -53,6 +53,18 @@ def test_a_token_is_made_of_patches_of_every_size():
     assert rows.numel() == 32 and rows[0] == 8 * 4 - 14
 
 
+@pytest.mark.parametrize("size", [(32, 48), (45, 38)])
+def test_wide_kernels_are_computed_as_the_convolutions_they_are(size):
+    scales = CrossScaleConv(3, 16, (4, 8, 16, 32), 4).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    parameters = (x, *scales.parameters())
+    ours, plain = scales(x), torch.cat([conv(x) for conv in scales.convs], 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(ours, plain)
+    back = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(ours, parameters, back), torch.autograd.grad(plain, parameters, back), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_padding_is_masked_so_that_it_changes_nothing():
     """A map that doesn't fill its groups gives its real tokens what attention over the real tokens alone gives."""
     torch.manual_seed(0)

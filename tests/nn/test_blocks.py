@@ -5,8 +5,8 @@ from torch import nn
 
 from formarium.nn.attention import SelfAttention, merge_heads, split_heads
 from formarium.nn.convs import ConvBN
-from formarium.nn.drop import DropPath, drop_path_rates
-from formarium.nn.maps import LayerNorm2d, Pointwise, map_to_tokens, tokens_to_map
+from formarium.nn.drop import Dropout, DropPath, drop_path_rates
+from formarium.nn.maps import LayerNorm2d, PatchConv, Pointwise, map_to_tokens, tokens_to_map
 from formarium.nn.positions import resize_table
 
 
@@ -56,6 +56,31 @@ def test_convbn_is_a_convolution_and_a_batchnorm(kernel, groups, residual):
         torch.testing.assert_close(layer(x), plain(x) + (x if residual else 0), rtol=1e-4, atol=1e-5)
         layer.norm.running_mean.add_(1)
         torch.testing.assert_close(layer(x), plain(x) + (x if residual else 0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_patches_are_convolved_as_by_a_strided_convolution(layout):
+    layer = PatchConv(3, 5, 4).double()
+    x = torch.randn(2, 3, 14, 9, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()  # with a remainder on both sides
+    parameters = (x, *layer.parameters())
+    ours, plain = layer(x), F.conv2d(x, layer.weight, layer.bias, 4)
+    torch.testing.assert_close(ours, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain)
+    back = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(ours, parameters, back), torch.autograd.grad(plain, parameters, back), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_keeps_the_mean_and_its_share():
+    x = torch.full((200, 200), 2.0, requires_grad=True)
+    y = Dropout(0.2)(x)
+    assert abs(float((y == 0).float().mean()) - 0.2) < 0.01
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 2.5))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / 2)  # what was dropped gets no gradient
+    assert torch.equal(Dropout(0.2).eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x) and not Dropout(1.0)(x).any()
 
 
 def test_drop_path_keeps_the_mean_and_drops_whole_samples():

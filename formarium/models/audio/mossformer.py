@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.features import Tap
+from formarium.nn.drop import Dropout
 from formarium.nn.kept import kept
 from formarium.nn.time_convs import depthwise_over_time
 from formarium.tasks.speech_separation.model import SpeechSeparator
@@ -40,7 +41,7 @@ class ConvProjection(nn.Module):
         super().__init__()
         self.norm, self.linear = ScaleNorm(dim), nn.Linear(dim, out)
         self.conv = nn.Conv1d(out, out, 17, padding=8, groups=out, bias=False)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.linear(self.norm(x)))
@@ -94,7 +95,7 @@ class Block(nn.Module):
         self.qk = ConvProjection(c.dim, c.qk_dim, c.dropout)
         self.gamma = nn.Parameter(0.02 * torch.randn(4, c.qk_dim))  # of the local and linear query, the local and linear key
         self.beta = nn.Parameter(torch.zeros(4, c.qk_dim))
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.out = ConvProjection(2 * c.dim, c.dim, c.dropout)
         self.tap = Tap()
 

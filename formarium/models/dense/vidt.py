@@ -33,6 +33,7 @@ from formarium.nn.maps import map_to_tokens, tokens_to_map
 from formarium.nn.mask_codes import crop_masks, decode_masks, encode_masks
 from formarium.nn.matching import detection_cost, hungarian, sigmoid_focal
 from formarium.nn.mlp import MLP
+from formarium.nn.nd_windows import biased_attention
 from formarium.nn.ops.deformable_attention import DeformableAttention
 from formarium.nn.pyramid_fusion import Fusion, Projection
 from formarium.nn.shifted_windows import shift_mask, sine_positions
@@ -89,7 +90,7 @@ class ReconfiguredAttention(nn.Module):
             windows = full[0] * full[1] // size**2
             bias = (bias + shift_mask(full, size, self.shift, x.device)[:, None]).flatten(0, 1)[None]
             q, k, v = (t.unflatten(0, (-1, windows)).flatten(1, 2) for t in (q, k, v))  # b (windows heads) n width
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = biased_attention(q, k, v, bias.to(q.dtype))
         x = merge_heads(x.reshape(-1, self.heads, *x.shape[2:]))
         x = from_groups(x, size, *full)
         if self.shift:

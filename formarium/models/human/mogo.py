@@ -19,6 +19,7 @@ from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.model import Batch, Losses, Stage, Turn, check_tensor
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.drop import Dropout
 from formarium.nn.quantise import Quantised, ResidualQuantiser
 from formarium.tasks.motion_generation.model import MotionGenerator, Motions, within
 
@@ -57,7 +58,7 @@ class DilatedBlock(nn.Module):
         self.act = ACTIVATIONS[c.activation]()
         self.conv1 = nn.Conv1d(c.width, c.width, 3, padding=dilation, dilation=dilation)
         self.conv2 = nn.Conv1d(c.width, c.width, 1)
-        self.dropout = nn.Dropout(c.conv_dropout)
+        self.dropout = Dropout(c.conv_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.conv2(self.act(self.norm2(self.conv1(self.act(self.norm1(x)))))))
@@ -164,7 +165,7 @@ class Block(nn.Module):
         self.attention = RelativeAttention(c)
         self.norm1, self.norm2 = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
         self.fc1, self.fc2 = nn.Linear(c.dim, c.inner), nn.Linear(c.inner, c.dim)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.tap = Tap()
 
     def forward(self, x: Tensor, distances: Tensor, u: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None = None):
@@ -185,7 +186,7 @@ class Level(nn.Module):
         width = c.dim // c.heads
         self.u, self.v = nn.Parameter(torch.empty(c.heads, width)), nn.Parameter(torch.empty(c.heads, width))
         self.blocks = nn.ModuleList([Block(c) for _ in range(depth)])
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.features = Tap()
         # Transformer-XL's own word table and softmax bias: nothing reads them, but they are in the released weights
         self.unused_table, self.unused_bias = nn.Parameter(torch.empty(c.codes + 1, c.dim)), nn.Parameter(torch.empty(c.codes + 1))

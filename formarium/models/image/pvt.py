@@ -18,6 +18,7 @@ from formarium.features import Tap
 from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
+from formarium.nn.maps import PatchConv
 from formarium.nn.mlp import MLP
 from formarium.nn.positions import resize_table
 from formarium.tasks.image_classification.model import ImageClassifier
@@ -38,7 +39,7 @@ class SpatialReductionAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
         if reduction > 1:
-            self.shrink = nn.Conv2d(dim, dim, reduction, reduction)
+            self.shrink = PatchConv(dim, dim, reduction)
             self.shrink_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -82,7 +83,7 @@ class Stage(nn.Module):
     def __init__(self, in_dim: int, dim: int, patch: int, grid: Grid, table_prefix: int, prefix: int, blocks: list[Block], first: bool):
         super().__init__()
         self.grid, self.table_prefix, self.first = grid, table_prefix, first
-        self.embed = nn.Conv2d(in_dim, dim, patch, patch)
+        self.embed = PatchConv(in_dim, dim, patch)
         self.embed_norm = nn.LayerNorm(dim)
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, table_prefix + grid[0] * grid[1], dim), std=0.02))
         self.tokens = Tap(prefix=prefix)

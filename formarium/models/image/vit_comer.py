@@ -27,6 +27,7 @@ from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.maps import init_convs, map_to_tokens, tokens_to_map
 from formarium.nn.ops.deformable_attention import DeformableAttention
+from formarium.nn.ops.gelu import gelu
 from formarium.nn.positions import resize_table
 from formarium.nn.vit_trunk import BEiTAttention, GridAttention, TrunkBlock
 from formarium.tasks.image_classification.model import ImageClassifier
@@ -97,7 +98,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, c: Tensor, levels: Levels) -> Tensor:
         local = torch.cat([map_to_tokens(self.local(m)) for m in levels.maps(self.fc1(c))], 1)
-        return self.fc2(F.gelu(local))
+        return self.fc2(gelu(local))
 
 
 class TwoFields(nn.Module):
@@ -115,12 +116,12 @@ class TwoFields(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm.training:
             near, far = x.chunk(2, 1)
-            return F.gelu(self.norm(torch.cat([self.conv3(near), self.conv5(far)], 1)))
+            return gelu(self.norm(torch.cat([self.conv3(near), self.conv5(far)], 1)))
         weight = torch.cat([F.pad(self.conv3.weight, (1, 1, 1, 1)), self.conv5.weight])
         bias = torch.cat([self.conv3.bias, self.conv5.bias])  # type: ignore[list-item]
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()  # type: ignore[operator]
         bias = (bias - self.norm.running_mean) * scale + self.norm.bias
-        return F.gelu(F.conv2d(x, weight * scale[:, None, None, None], bias, padding=2, groups=len(bias)))
+        return gelu(F.conv2d(x, weight * scale[:, None, None, None], bias, padding=2, groups=len(bias)))
 
 
 class MRFP(nn.Module):
@@ -134,7 +135,7 @@ class MRFP(nn.Module):
 
     def forward(self, c: Tensor, levels: Levels) -> Tensor:
         maps = [map_to_tokens(field(m)) for field, m in zip(self.levels, levels.maps(self.fc1(c)), strict=True)]
-        return self.fc2(F.gelu(torch.cat(maps, 1)))
+        return self.fc2(gelu(torch.cat(maps, 1)))
 
 
 class ToViT(nn.Module):

@@ -25,6 +25,7 @@ from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.mlp import MLP
 from formarium.nn.nd_windows import WindowAttention, biased_attention, from_windows, to_windows
+from formarium.nn.ops.gelu import gelu
 from formarium.nn.resizing import bicubic
 from formarium.nn.tiling import reflect_to_multiple
 from formarium.tasks.image_restoration.model import ImageRestorer, check_scale
@@ -47,7 +48,7 @@ class ChannelAttentionBlock(nn.Module):
         self.gate_out = nn.Conv2d(dim // squeeze, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.up(F.gelu(self.down(x.permute(0, 3, 1, 2))))  # b c h w, channels last in memory
+        y = self.up(gelu(self.down(x.permute(0, 3, 1, 2))))  # b c h w, channels last in memory
         gate = self.gate_out(F.relu(self.gate_in(y.mean((2, 3), keepdim=True)))).sigmoid()
         return (y * gate).permute(0, 2, 3, 1)
 

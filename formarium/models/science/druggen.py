@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.model import Batch, Losses, Stage, Turn
+from formarium.nn.drop import Dropout
 from formarium.tasks.molecule_generation.model import CHEMBL_ATOMS, CHEMBL_BONDS, MoleculeGenerator
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
@@ -47,7 +48,7 @@ class PairAttention(nn.Module):
 
 class FeedForward(nn.Sequential):
     def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim), Dropout(dropout))
 
 
 class Block(nn.Module):
@@ -74,7 +75,7 @@ class Block(nn.Module):
 
 
 def embedding(features: int, dim: int, act: type[nn.Module], dropout: float) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(features, 64), act(), nn.Linear(64, dim), act(), nn.Dropout(dropout))
+    return nn.Sequential(nn.Linear(features, 64), act(), nn.Linear(64, dim), act(), Dropout(dropout))
 
 
 class Encoder(nn.Module):

@@ -22,6 +22,7 @@ from formarium.features import Tap
 from formarium.model import Batch, Losses, check_tensor
 from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.beam import KVCache, beam_search, decode
+from formarium.nn.drop import Dropout
 from formarium.nn.sinusoids import sinusoid_table
 from formarium.tasks.operator_learning.model import OperatorLearner, Solutions
 from formarium.tasks.operator_learning.symbols import BOS, EOS, PAD, infix, is_valid, vocabulary
@@ -71,7 +72,7 @@ class FeedForward(nn.Module):
         self.lin1 = nn.Linear(dim, 4 * dim)
         self.mid = nn.ModuleList(nn.Linear(4 * dim, 4 * dim) for _ in range(hidden - 1))
         self.lin2 = nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.lin1(x))
@@ -105,7 +106,7 @@ class Block(nn.Module):
         self.attention_norms = nn.ModuleList(nn.LayerNorm(s.dim, eps=EPS) for _ in make)
         self.ffn = FeedForward(s.dim, s.hidden, c.dropout)
         self.norm = nn.LayerNorm(s.dim, eps=EPS)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.tap = Tap()
 
     def memory(self, source: Tensor) -> list[tuple[Tensor, ...] | None]:
@@ -143,7 +144,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.positions = Positions(s.dim, s.positions) if s.positions else None
         self.norm = nn.LayerNorm(s.dim, eps=EPS)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(s, c) for _ in range(s.layers))
 
     def start(self, x: Tensor, at: int = 0) -> Tensor:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.drop import Dropout
+from formarium.nn.ops.gelu import gelu
 from formarium.tasks.time_series_classification.model import Match, SeriesClassifier
 from formarium.tasks.time_series_classification.shapelets import discover
 
@@ -52,7 +54,7 @@ class Block(nn.Module):
         self.attention = NormedAttention(dim, heads)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.tap = Tap()
 
     def forward(self, x: Tensor, asked: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -72,8 +74,8 @@ class ConvTokens(nn.Module):
         self.across, self.across_norm = nn.Conv2d(dim, dim, (channels, 1)), nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.time_norm(self.time(F.pad(x, self.pad).unsqueeze(1))))  # b d c t
-        return F.gelu(self.across_norm(self.across(x))).squeeze(2).transpose(1, 2)
+        x = gelu(self.time_norm(self.time(F.pad(x, self.pad).unsqueeze(1))))  # b d c t
+        return gelu(self.across_norm(self.across(x))).squeeze(2).transpose(1, 2)
 
 
 class ShapeletFilter(nn.Module):
@@ -202,7 +204,7 @@ class ShapeFormer(SeriesClassifier):
         self.shapelet_tokens = Tap()
         generic = Block(c.generic_dim, c.hidden, c.heads, c.dropout)
         self.blocks = nn.ModuleDict({"generic": generic, "shapelets": Block(c.dim, c.hidden, c.heads, c.dropout)})
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.features = Tap()
         self.head = nn.Linear(c.dim + c.generic_dim, c.num_classes)
         # the released weights hold layers that nothing reads

@@ -26,6 +26,7 @@ from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.model import Batch, Losses, Model, check_tensor
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.drop import Dropout
 from formarium.tasks.tabular_classification.model import UNKNOWN, TableLabels
 from formarium.tasks.tabular_classification.scaling import clip_outliers, normalise, power_transform, varying
 
@@ -62,7 +63,7 @@ class Block(nn.Module):
         self.attention = ContextAttention(c.dim, c.heads)
         self.fc1, self.fc2 = nn.Linear(c.dim, c.hidden), nn.Linear(c.hidden, c.dim)
         self.norm1, self.norm2 = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.activation = {"gelu": F.gelu, "relu": F.relu}[c.activation]
         if c.zero_init:  # every layer starts as the identity
             for layer in (self.attention.out, self.fc2):

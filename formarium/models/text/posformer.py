@@ -25,6 +25,7 @@ from formarium.model import Batch, Losses, check_tensor
 from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.beam import KVCache, beam_search
 from formarium.nn.densenet import DenseNet
+from formarium.nn.drop import Dropout
 from formarium.nn.sinusoids import image_waves, sinusoid_table
 from formarium.tasks.formula_recognition.latex import CROHME, EOS, PAD, SOS
 from formarium.tasks.formula_recognition.model import FormulaRecogniser, Formulas, bidirectional
@@ -192,7 +193,7 @@ class Block(nn.Module):
         self.linear1 = nn.Linear(c.dim, c.feed_forward)
         self.linear2 = nn.Linear(c.feed_forward, c.dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(c.dim) for _ in range(3))
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.tap = Tap()
 
     def attend(self, x: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:

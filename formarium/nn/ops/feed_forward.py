@@ -20,7 +20,7 @@ SLAB = 1 << 20  # floats of hidden activations at a time (4 MB), the best of 2^1
 
 def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
     """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, GELU (exact, or "tanh"), w2 [out, hidden], b2."""
-    return F.linear(gelu(F.linear(x, w1, b1), approximate), w2, b2)
+    return F.linear(gelu(F.linear(x, w1, b1), approximate, own=True), w2, b2)
 
 
 def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
@@ -45,7 +45,7 @@ def _in_slabs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approxi
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         if kept is None:
-            active = gelu(torch.addmm(b1, part, w1.t(), out=hidden[: len(part)]), approximate)  # type: ignore[index]
+            active = gelu(torch.addmm(b1, part, w1.t(), out=hidden[: len(part)]), approximate, own=True)  # type: ignore[index]
         else:
             kept.append(torch.addmm(b1, part, w1.t()))
             active = F.gelu(kept[-1], approximate=approximate)

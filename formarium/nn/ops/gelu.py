@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU of a tensor that nobody else needs (fresh from a product or a convolution), of any shape.
+def gelu(x: Tensor, approximate: str = "none", own: bool = False) -> Tensor:
+    """GELU of a tensor of any shape. own: nobody else holds x (fresh from a product, not from a module that hooks may look at).
 
-    It is written in place where no gradient needs x: fresh memory costs as much as the function. Of a channels-last map the contiguous view
-    is taken, for which torch's CPU kernel is twice as fast.
+    Of a channels-last map the contiguous view is taken, for which torch's CPU kernel is twice as fast. An own tensor is overwritten where
+    no gradient needs it: fresh memory costs as much as the function.
     """
     if torch.compiler.is_compiling():
         return F.gelu(x, approximate=approximate)
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return gelu(x.permute(0, 2, 3, 1), approximate).permute(0, 3, 1, 2)
-    if torch.is_grad_enabled() and x.requires_grad:
+        return gelu(x.permute(0, 2, 3, 1), approximate, own).permute(0, 3, 1, 2)
+    if not own or (torch.is_grad_enabled() and x.requires_grad):
         return F.gelu(x, approximate=approximate)
     return torch.ops.aten.gelu_(x, approximate=approximate)
