@@ -12,6 +12,7 @@ the median of B's time over A's, pair by pair: above 1.0 formarium is ahead. GFL
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import formarium
+from formarium.engine.comparison import machine
 from formarium.engine.precision import has_native_bf16
 
 SMALLEST = {
@@ -184,28 +186,45 @@ def others(wanted: list[str], batch: int, repeats: int) -> list[dict[str, object
     return rows
 
 
-def beside_references(clones: Path, wanted: list[str], repeats: int) -> list[dict[str, object]]:
-    """Every system that has a module in benchmarks/references and a clone of its authors' repository."""
+def beside_references(clones: Path, wanted: list[str], repeats: int, path: str | None) -> None:
+    """Every system that has a module in benchmarks/references and a clone of its authors' repository. What was measured of it takes its
+    place in the JSON file as soon as it is."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import references
 
-    rows: list[dict[str, object]] = []
+    ratios: list[float] = []
     for slug, module in references.modules().items():
-        clone = clones / module.REPOSITORY
         if wanted and slug not in wanted:
             continue
+        peer = getattr(module, "PEER", "") or module.REPOSITORY
+        clone = clones / getattr(module, "REPOSITORY", "")
         if not clone.is_dir():
-            print(f"{slug}: no clone of {module.REPOSITORY} in {clones}")
+            print(f"{slug}: no clone of {peer} in {clones}")
             continue
+        if missing := [p for p in getattr(module, "NEEDS", ()) if importlib.util.find_spec(p) is None]:
+            print(f"{slug}: {' and '.join(missing)} not installed")
+            continue
+        rows = []
         for found in module.pairs(clone):
             a, b, ratio = pair(found.ours, found.theirs, repeats)
-            rows.append({"variant": found.name, "mode": found.mode, "ms": a * 1e3, "peer_ms": b and b * 1e3, "ratio": ratio,
-                         "peer": module.REPOSITORY})  # fmt: skip
-            print(f"{found.name:44} {found.mode:8} {a * 1e3:9.1f} {(b or 0) * 1e3:9.1f} {ratio:6.2f}  {module.REPOSITORY}", flush=True)
-    if rows:
-        ratios = [float(str(r["ratio"])) for r in rows]
+            rows.append({"name": found.name, "mode": found.mode, "ms": a * 1e3, "peer_ms": (b or 0) * 1e3, "ratio": ratio})
+            print(f"{slug:24} {found.name:44} {found.mode:8} {a * 1e3:9.1f} {(b or 0) * 1e3:9.1f} {ratio:6.2f}  {peer}", flush=True)
+            ratios.append(ratio or 0)
+        if path:
+            known = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+            on = machine()
+            command = f"python benchmarks/speed.py --references clones --systems {slug} --threads {on['threads']} --repeats {repeats}"
+            known[slug] = {
+                "peer": peer,
+                "command": command,
+                "machine": on["processor"],
+                "threads": on["threads"],
+                "torch": on["torch"],
+                "rows": rows,
+            }
+            write(path, dict(sorted(known.items())))
+    if ratios:
         print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, lowest {min(ratios):.2f}")
-    return rows
 
 
 def matmul_peak(dtype: torch.dtype, n: int = 1536) -> float:
@@ -282,8 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.references:
-        rows = beside_references(args.references, args.systems or [], args.repeats)
-        write(args.json, rows)
+        beside_references(args.references, args.systems or [], args.repeats, args.json)
         return
     args.systems = args.systems or [*SMALLEST, *OTHERS]
     dtypes = [torch.float32, *([torch.bfloat16] if has_native_bf16() else [])]
@@ -318,7 +336,7 @@ def main() -> None:
     write(args.json, rows)
 
 
-def write(path: str | None, rows: list[dict[str, object]]) -> None:
+def write(path: str | None, rows: object) -> None:
     if path:
         Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

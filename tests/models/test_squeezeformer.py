@@ -12,7 +12,16 @@ from formarium.cards import read_card
 from formarium.engine.records import replay
 from formarium.errors import BadInput
 from formarium.models.audio import squeezeformer
-from formarium.models.audio.squeezeformer import Attention, Block, Convolution, FeedForward, Squeezeformer, relative_shift, relative_table
+from formarium.models.audio.squeezeformer import (
+    Attention,
+    Block,
+    Convolution,
+    FeedForward,
+    Frames,
+    Squeezeformer,
+    relative_shift,
+    relative_table,
+)
 
 RECORDS = sorted((Path(__file__).parent.parent / "parity" / "squeezeformer").glob("*.safetensors"))
 
@@ -99,7 +108,7 @@ def test_attention_is_transformer_xl_attention_written_out():
     nn.init.normal_(layer.u), nn.init.normal_(layer.v)
     x, keep = torch.randn(1, 5, 8), torch.tensor([[True] * 4 + [False]])
     with torch.no_grad():
-        ours = layer(x, keep, relative_table(5, 8, x.device))
+        ours = layer(x, Frames.of(keep, 8))
         q, k, v = layer.qkv(x).view(1, 5, 3, 2, 4).unbind(2)
         p = layer.position(relative_table(5, 8, x.device)).view(9, 2, 4)
         out = torch.zeros(5, 2, 4)

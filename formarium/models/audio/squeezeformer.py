@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.drop import Dropout
 from formarium.nn.kept import kept
+from formarium.nn.maps import Pointwise
 from formarium.nn.time_convs import depthwise_over_time
 from formarium.tasks.speech_recognition.model import SpeechRecogniser
 
@@ -34,7 +36,7 @@ class Scale(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight + self.bias
+        return torch.addcmul(self.bias, x, self.weight)
 
 
 def front(c: Squeezeformer.Config) -> nn.Module:
@@ -51,15 +53,36 @@ def relative_table(frames: int, dim: int, device: torch.device) -> Tensor:
 
 def relative_shift(x: Tensor) -> Tensor:
     """Scores by offset [b, heads, t, 2t - 1] to scores by key [b, heads, t, t]: row i reads the offsets i, i - 1, ..., i - t + 1."""
-    b, h, t, n = x.shape
-    x = F.pad(x, (1, 0)).reshape(b, h, n + 1, t)
-    return x[:, :, 1:].reshape(b, h, t, n)[..., :t]
+    t, n = x.shape[2:]
+    return x.flatten(2)[..., t - 1 : t - 1 + t * (n - 1)].unflatten(2, (t, n - 1))[..., :t]  # each row begins one earlier than the last
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What the blocks at one frame rate need to know of their t frames.
+
+    keep: bool [b, t], the frames that are speech. hidden: float32 [b, 1, t, t], what is added to attention's logits: NOWHERE where query
+    or key isn't speech. positions: float32 [2 t - 1, dim], of the relative table.
+    """
+
+    keep: Tensor
+    hidden: Tensor
+    positions: Tensor
+
+    @staticmethod
+    def of(keep: Tensor, dim: int) -> Frames:
+        both = keep[:, None, :, None] & keep[:, None, None, :]
+        return Frames(keep, (~both).float() * NOWHERE, relative_table(keep.shape[1], dim, keep.device))
+
+    def speech(self, x: Tensor) -> Tensor:
+        """x [b, t, dim], zero where it isn't speech."""
+        return x * self.keep[..., None].to(x.dtype)
 
 
 class Attention(nn.Module):
     """x + softmax((q + u) k^T + shifted (q + v) p^T / sqrt(d)) v, positions p as in Transformer-XL (Dai et al. 2019).
 
-    x: float [b, t, dim]. keep: bool [b, t], the frames that are speech; the others see all frames alike.
+    x: float [b, t, dim]. Frames that aren't speech see all frames alike.
     """
 
     def __init__(self, c: Squeezeformer.Config):
@@ -70,17 +93,17 @@ class Attention(nn.Module):
         self.position = nn.Linear(c.dim, c.dim, bias=False)
         self.u, self.v = nn.Parameter(torch.zeros(c.heads, width)), nn.Parameter(torch.zeros(c.heads, width))
         self.out = nn.Linear(c.dim, c.dim)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         bound = c.dim**-0.5
         _uniform(bound, self.qkv.weight, self.qkv.bias, self.position.weight, self.out.weight, self.out.bias)
 
-    def forward(self, x: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
         q, k, v = split_heads(self.qkv(self.front(x)), self.heads, 3)
-        (p,) = split_heads(self.position(positions)[None], self.heads)  # 1 heads 2t-1 width
-        by_offset = (q + self.v[:, None]) @ p.transpose(-1, -2)
-        bias = relative_shift(by_offset) * q.shape[-1] ** -0.5
-        both = keep[:, None, :, None] & keep[:, None, None, :]
-        bias = bias + (~both).to(bias.dtype) * max(NOWHERE, torch.finfo(bias.dtype).min)
+        (p,) = split_heads(self.position(frames.positions)[None], self.heads)  # 1 heads 2t-1 width
+        scale = q.shape[-1] ** -0.5
+        by_offset = ((q + self.v[:, None]) * scale) @ p.transpose(-1, -2)
+        hidden = frames.hidden if q.dtype is not torch.float16 else frames.hidden.clamp_min(torch.finfo(q.dtype).min)
+        bias = relative_shift(by_offset) + hidden
         out = F.scaled_dot_product_attention(q + self.u[:, None].to(q.dtype), k, v, attn_mask=bias.to(q.dtype))
         return x + self.drop(self.out(merge_heads(out)))
 
@@ -93,11 +116,11 @@ class FeedForward(nn.Module):
         self.factor = c.ff_factor
         self.front = front(c)
         self.expand, self.contract = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, c.dim)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         _uniform(c.dim**-0.5, self.expand.weight, self.expand.bias)
         _uniform((4 * c.dim) ** -0.5, self.contract.weight, self.contract.bias)
 
-    def forward(self, x: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
         inside = self.drop(F.silu(self.expand(self.front(x))))
         return x + self.factor * self.drop(self.contract(inside))
 
@@ -105,7 +128,7 @@ class FeedForward(nn.Module):
 class Convolution(nn.Module):
     """x + W2 swish(BN(depthwise(swish(W1 x)))): twice as wide inside, since swish, unlike a gated linear unit, keeps the width.
 
-    x: float [b, t, dim]. keep: bool [b, t]; frames that aren't speech are zero for the convolution over time.
+    x: float [b, t, dim]. Frames that aren't speech are zero for the convolution over time.
     """
 
     def __init__(self, c: Squeezeformer.Config):
@@ -117,16 +140,16 @@ class Convolution(nn.Module):
         self.depthwise = nn.Conv1d(width, width, c.kernel, groups=width)
         self.norm = nn.BatchNorm1d(width, eps=EPS, momentum=0.015)
         self.contract = nn.Linear(width, c.dim)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         _uniform(c.dim**-0.5, self.expand.weight, self.expand.bias, self.contract.weight, self.contract.bias)
         _uniform(c.kernel**-0.5, self.depthwise.weight, self.depthwise.bias)
 
-    def forward(self, x: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
         h = self.expand(self.front(x))
-        h = (F.glu(h) if self.glu else F.silu(h)) * keep[..., None]
+        h = frames.speech(F.glu(h) if self.glu else F.silu(h))
         h = depthwise_over_time(h, self.depthwise.weight, self.depthwise.bias)
-        h = F.silu(self.norm(h.transpose(1, 2))).transpose(1, 2)
-        return x + self.drop(self.contract(h))
+        h = F.silu(self.norm(h.flatten(0, 1)))  # over all frames of the batch, as rows
+        return x + self.drop(self.contract(h).view_as(x))
 
 
 class WithFeedForward(nn.Module):
@@ -137,9 +160,9 @@ class WithFeedForward(nn.Module):
         self.first, self.middle = first, nn.LayerNorm(c.dim, eps=EPS)
         self.feed_forward, self.norm = FeedForward(c), nn.LayerNorm(c.dim, eps=EPS)
 
-    def forward(self, x: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
-        x = self.middle(self.first(x, keep, positions))
-        return self.norm(self.feed_forward(x, keep, positions))
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        x = self.middle(self.first(x, frames))
+        return self.norm(self.feed_forward(x, frames))
 
 
 PARTS: dict[str, Any] = {
@@ -161,9 +184,9 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(c.dim, eps=EPS) if c.block_norm else nn.Identity()
         self.tap = Tap()
 
-    def forward(self, x: Tensor, keep: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
         for part in self.parts.values():
-            x = part(x, keep, positions)
+            x = part(x, frames)
         return self.tap(self.norm(x))
 
 
@@ -180,7 +203,7 @@ class Subsampling(nn.Module):
         self.first = nn.Conv2d(1, filters, 3, 2)
         _uniform(1 / 3, self.first.weight, self.first.bias)
         if c.separable:
-            self.depthwise, self.pointwise = nn.Conv2d(filters, filters, 3, 2, groups=filters), nn.Conv2d(filters, filters, 1)
+            self.depthwise, self.pointwise = nn.Conv2d(filters, filters, 3, 2, groups=filters), Pointwise(filters, filters)
             _uniform(1 / 3, self.depthwise.weight, self.depthwise.bias)
             _uniform(filters**-0.5, self.pointwise.weight, self.pointwise.bias)
         else:
@@ -190,15 +213,16 @@ class Subsampling(nn.Module):
         _uniform(5120**-0.5, self.project.weight, self.project.bias)
 
     def forward(self, features: Tensor, length: Tensor) -> Tensor:
-        x = features[:, None]  # b 1 t mels
         if self.exact:
-            x = x * inside(length, x.shape[2])[:, None, :, None]
-        x = F.relu(self.first(F.pad(x, (0, 1, 0, 1))))
+            features = features * inside(length, features.shape[1])[..., None]
+        x = F.pad(features, (0, 1, 0, 1))[..., None].permute(0, 3, 1, 2)  # b 1 t mels, and channels last from here on
+        x = F.relu_(self.first(x))
         if self.exact:
             x = x * inside(length // 2, x.shape[2])[:, None, :, None]
         x = F.pad(x, (0, 1, 0, 1))
-        x = F.relu(self.pointwise(self.depthwise(x)) if self.separable else self.second(x))
-        return self.project(x.permute(0, 2, 3, 1).flatten(2))  # b t (mels filters)
+        if self.separable:
+            return self.project(F.relu(self.pointwise(self.depthwise(x).permute(0, 2, 3, 1))).flatten(2))
+        return self.project(F.relu(self.second(x)).permute(0, 2, 3, 1).flatten(2))  # b t (mels filters)
 
 
 class TimeReduction(nn.Module):
@@ -214,13 +238,13 @@ class TimeReduction(nn.Module):
         _uniform(5**-0.5, self.depthwise.weight, self.depthwise.bias)
         _uniform(c.dim**-0.5, self.pointwise.weight, self.pointwise.bias)
 
-    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        frames = x.shape[1]
-        x = F.pad((x * keep[..., None]).transpose(1, 2), (0, 3))
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        before = x.shape[1]
+        x = F.pad(frames.speech(x).transpose(1, 2), (0, 3))
         x = self.pointwise(self.depthwise(x).transpose(1, 2))
         if self.exact:  # the last of an odd number of frames is zero in a longer batch, too
-            x = x * inside(keep.sum(1) // 2, x.shape[1])[..., None]
-        return F.pad(x, (0, 0, 0, (frames + 1) // 2 - frames // 2))
+            x = x * inside(frames.keep.sum(1) // 2, x.shape[1])[..., None]
+        return F.pad(x, (0, 0, 0, (before + 1) // 2 - before // 2))
 
 
 def inside(length: Tensor, frames: int) -> Tensor:
@@ -258,7 +282,7 @@ class Squeezeformer(SpeechRecogniser):
         check_config(c, layouts)
         self.subsampling = Subsampling(c)
         self.tokens = Tap()
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.norm = nn.LayerNorm(c.dim, eps=EPS)
         self.blocks = nn.ModuleList(Block(c, layout) for layout in layouts)
         self.reductions = nn.ModuleList(TimeReduction(c) for _ in c.reduce_at)
@@ -279,24 +303,22 @@ class Squeezeformer(SpeechRecogniser):
         """The same, to encoded frames of 40 ms, float [b, t // 2 // 2, dim]."""
         c = self.config
         x = self.tokens(self.subsampling(features, length))
-        keep = inside(self._attended(length), x.shape[1])
+        frames = Frames.of(inside(self._attended(length), x.shape[1]), c.dim)
         x = self.norm(self.drop(x * c.dim**0.5))
-        positions = relative_table(x.shape[1], x.shape[2], x.device)
-        before: list[tuple[Tensor, Tensor, Tensor]] = []
+        before: list[tuple[Tensor, Frames]] = []
         depth = 0
         for i, block in enumerate(self.blocks):
             if i in c.reduce_at:
-                before[depth:] = [(x, keep, positions)]
-                x = self.reductions[depth](x, keep)
-                keep = keep[:, ::2]
-                positions = relative_table(x.shape[1], x.shape[2], x.device)
+                before[depth:] = [(x, frames)]
+                x = self.reductions[depth](x, frames)
+                frames = Frames.of(frames.keep[:, ::2], c.dim)
                 depth += 1
             if i in c.recover_at:
                 depth -= 1
-                skip, keep, positions = before[depth]
+                skip, frames = before[depth]
                 x = x.repeat_interleave(2, 1)[:, : skip.shape[1]]
                 x = skip + self.recoveries[depth](x)
-            x = block(x, keep, positions)
+            x = block(x, frames)
         return self.features(x)
 
     def _attended(self, length: Tensor) -> Tensor:

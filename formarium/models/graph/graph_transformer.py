@@ -15,19 +15,21 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.features import Tap
-from formarium.nn.ops.graph import neighbour_attention
+from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.ops.graph import neighbour_attention, scatter_sum
 from formarium.tasks.graph_prediction.model import GraphPredictor
 
 EDGES, READOUTS = ("types", "ones", "none"), ("mean", "sum", "max")
 CLAMP = 5.0  # of the scores, in place of subtracting the largest
+DENSE = 8  # up to so many pairs of (padded) nodes an edge, matrices of all pairs take less time than lists of edges
 EPS = 1e-6  # of the sum of weights, where edges have features
 
 
 class NeighbourAttention(nn.Module):
     """Attention along edges. x: float [nodes, dim]; source, target: int64 [edges]; edge: float [edges, dim] or None.
 
-    valid: float [edges], 0 for what is padding, or None. Returns what nodes get, [nodes, out], and what edges get, [edges, out] (None
-    without edge features).
+    valid: float [edges], 0 for what is padding, or None. pairs: the same edges as matrices, where that is quicker (without edge features
+    only), or None. Returns what nodes get, [nodes, out], and what edges get, [edges, out] (None without edge features).
     """
 
     def __init__(self, dim: int, out: int, heads: int, edges: bool, bias: bool = False):
@@ -37,10 +39,19 @@ class NeighbourAttention(nn.Module):
         self.edge = nn.Linear(dim, out, bias=bias) if edges else None
 
     def forward(
-        self, x: Tensor, source: Tensor, target: Tensor, edge: Tensor | None = None, valid: Tensor | None = None
+        self,
+        x: Tensor,
+        source: Tensor,
+        target: Tensor,
+        edge: Tensor | None = None,
+        valid: Tensor | None = None,
+        pairs: Pairs | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # n h c
-        scores = k.index_select(0, source) * q.index_select(0, target) * q.shape[-1] ** -0.5  # e h c
+        qkv = self.qkv(x)
+        if pairs is not None and self.edge is None:
+            return self.among_all(pairs.spread(qkv), pairs), None
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)  # n h c
+        scores = k.index_select(0, source) * (q * q.shape[-1] ** -0.5).index_select(0, target)  # e h c
         if self.edge is not None:
             assert edge is not None
             scores = scores * self.edge(edge).unflatten(-1, (self.heads, -1))
@@ -49,6 +60,15 @@ class NeighbourAttention(nn.Module):
             weights = weights * valid[:, None].to(weights.dtype)
         out = neighbour_attention(weights, v, source, target, EPS if self.edge is not None else 0.0)
         return out.flatten(1), scores.flatten(1) if self.edge is not None else None
+
+    def among_all(self, qkv: Tensor, pairs: Pairs) -> Tensor:
+        """The same over all pairs of each graph's nodes, of which those without an edge weigh nothing. qkv: float [b, n, 3 out]."""
+        q, k, v = split_heads(qkv, self.heads, 3)  # b h n c
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        weights = scores.float().clamp(-CLAMP, CLAMP).exp() * pairs.count[:, None]
+        total = weights.sum(-1, keepdim=True)
+        out = (weights.to(v.dtype) @ v) / (total + (total == 0)).to(v.dtype)
+        return pairs.gather(merge_heads(out))
 
 
 class Norm(nn.Module):
@@ -96,12 +116,42 @@ class Block(nn.Module):
         self.tap = Tap("ragged")
 
     def forward(self, x: Tensor, edge: Tensor | None, graph: Graph) -> tuple[Tensor, Tensor | None]:
-        attended, scores = self.attention(x, graph.source, graph.target, edge, graph.valid)
+        attended, scores = self.attention(x, graph.source, graph.target, edge, graph.valid, graph.pairs)
         x = self.tap(self.nodes(x, attended), index=graph.index, batch=graph.batch)
         if edge is not None and self.edges is not None and not self.last:
             assert scores is not None
             edge = self.edges(edge, scores)
         return x, edge
+
+
+@dataclass
+class Pairs:
+    """A batch of graphs as matrices. count: float [b, n, n], how many edges point at a node (row) from another (column).
+
+    rows: int64 [nodes], where each node is among the b n places, of which others are padding.
+    """
+
+    count: Tensor
+    rows: Tensor
+
+    @staticmethod
+    def of(edges: Tensor, n: int, rows: Tensor) -> Pairs:
+        """edges: int64 [b, e, 2], filled up with -1."""
+        b = edges.shape[0]
+        source, target = edges.unbind(2)
+        place = target * n + source + (torch.arange(b, device=edges.device) * n * n)[:, None]
+        here = (edges >= 0).all(2)
+        count = scatter_sum(here.flatten().float(), place.where(here, 0).flatten(), b * n * n)
+        return Pairs(count.view(b, n, n), rows)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[nodes, dim] to [b, n, dim], 0 for padding."""
+        b, n = self.count.shape[:2]
+        return x.new_zeros(b * n, x.shape[1]).index_copy(0, self.rows, x).view(b, n, -1)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """And back."""
+        return x.flatten(0, 1).index_select(0, self.rows)
 
 
 def exporting() -> bool:
@@ -113,8 +163,8 @@ def exporting() -> bool:
 class Graph:
     """A batch of graphs as one: edges between rows (int64 [edges]), each row's sample (int64 [rows]), and what is no padding.
 
-    rows, kept: bool over the padded nodes and edges, or None where the padding is kept (in an exported graph, whose shapes can't depend on
-    the data); then `valid` says which edges count.
+    rows, kept: int64, which of the padded nodes and edges are none, or None where the padding is kept (in an exported graph, whose shapes
+    can't depend on the data); then `valid` says which edges count.
     """
 
     source: Tensor
@@ -124,6 +174,7 @@ class Graph:
     rows: Tensor | None = None
     kept: Tensor | None = None
     valid: Tensor | None = None
+    pairs: Pairs | None = None  # the edges as matrices, where there are enough of them and nothing else is asked of each
 
     @staticmethod
     def of(nodes: Tensor, edges: Tensor, padded: bool) -> Graph:
@@ -131,25 +182,26 @@ class Graph:
         index = torch.arange(b, device=nodes.device)[:, None].expand(b, n).flatten()
         if padded:
             ends = edges.clamp_min(0) + (torch.arange(b, device=nodes.device) * n)[:, None, None]
-            return Graph(*ends.flatten(0, 1).unbind(1), index, b, valid=(edges >= 0).all(2).flatten())
-        rows, kept = (nodes >= 0).flatten(), (edges >= 0).all(2)
+            source, target = ends.flatten(0, 1).unbind(1)
+            return Graph(source, target, index, b, valid=(edges >= 0).all(2).flatten())
+        rows, kept = (nodes >= 0).flatten(), (edges >= 0).all(2).flatten()
         place = (rows.cumsum(0) - 1).view(b, n)  # of each node among those that are no padding
-        ends = place.gather(1, edges.clamp_min(0).flatten(1)).view_as(edges)[kept]
-        return Graph(*ends.unbind(1), index[rows], b, rows, kept.flatten())
+        rows, kept = rows.nonzero()[:, 0], kept.nonzero()[:, 0]
+        source, target = place.gather(1, edges.clamp_min(0).flatten(1)).view(-1, 2).index_select(0, kept).unbind(1)
+        return Graph(source, target, index.index_select(0, rows), b, rows, kept)
 
     def node_rows(self, x: Tensor) -> Tensor:
         """[batch, n, ...] to [rows, ...]."""
-        return x.flatten(0, 1) if self.rows is None else x.flatten(0, 1)[self.rows]
+        return x.flatten(0, 1) if self.rows is None else x.flatten(0, 1).index_select(0, self.rows)
 
     def edge_rows(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1) if self.kept is None else x.flatten(0, 1)[self.kept]
+        return x.flatten(0, 1) if self.kept is None else x.flatten(0, 1).index_select(0, self.kept)
 
     def padded(self, x: Tensor, nodes: Tensor) -> Tensor:
         """[rows, ...] to [batch, n, ...], 0 for padding."""
         if self.rows is None:
             return (x * (nodes >= 0).flatten()[:, None]).unflatten(0, nodes.shape)
-        out = x.new_zeros(nodes.numel(), *x.shape[1:])
-        return out.masked_scatter(self.rows[:, None], x).unflatten(0, nodes.shape)
+        return x.new_zeros(nodes.numel(), *x.shape[1:]).index_copy(0, self.rows, x).unflatten(0, nodes.shape)
 
 
 class GraphTransformer(GraphPredictor):
@@ -210,6 +262,8 @@ class GraphTransformer(GraphPredictor):
         if not c.laplacian and c.wl:
             positions, colours = None, positions
         graph = Graph.of(nodes, edges, padded=exporting())
+        if c.edges == "none" and graph.rows is not None and nodes.numel() * nodes.shape[1] <= DENSE * len(graph.source):
+            graph.pairs = Pairs.of(edges, nodes.shape[1], graph.rows)
         x = self.embed(graph.node_rows(nodes).clamp_min(0))
         if c.edges != "none":  # the released nets drop out before the positions are added, or after, as here
             x = F.dropout(x, c.input_dropout, self.training)

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.upsample:
             x = F.interpolate(F.relu(x), scale_factor=self.upsample, mode="bilinear", align_corners=self.align_corners)
-        return self.final(self.deconv(x))
+        return self.final(self.deconv(x.contiguous() if len(self.deconv) else x))  # deconvolutions are slow on channels-last maps
 
 
 class ViTPose(PoseEstimator):
