@@ -26,7 +26,7 @@ SEED = 0
 RUNS: dict[str, tuple[str, float, float | None, float | None]] = {
     "llm_int8": ("smt_micro", 6, None, None),
     "lgvit": ("smt_micro", 6, 0.6, 6),
-    "ofb": ("smt_micro", 6, 0.6, 12),
+    "ofb": ("smt_micro", 6, 0.65, 12),
     "sit_slim": ("crossvit_micro", 16, 0.5, 12),
 }
 

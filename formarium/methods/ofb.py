@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -379,6 +380,14 @@ class Searched(Wrapped):
             left = left + self._per_unit(unit) * space.mask().sum()  # type: ignore[operator]
         return left * self.embedding.mask().mean() if self.config.embedding else left
 
+    def least(self) -> float:
+        """The smallest share of the parameters that the sizes to choose from can leave."""
+        left = float(self.full)
+        for unit, space in zip(self.units, self.spaces, strict=True):
+            left -= self._per_unit(unit) * (unit.size[0] * unit.size[1] - min(space.heads) * min(space.widths))  # type: ignore[operator, arg-type]
+        narrowest = min(self.embedding.widths) / max(self.embedding.widths) if self.config.embedding else 1.0
+        return left / self.full * narrowest
+
     def gflops(self) -> tuple[float, Tensor]:
         """(of the full ViT, as the masks have it now) as the authors count: multiply-adds, softmax and bias terms."""
         trunk: Any = self.trunk
@@ -637,7 +646,12 @@ class OFB(Method):
             alpha_scale=self.alpha_scale,
             masking=paintable(model),
         )
-        return finish(Searched(config, model), "ofb", model)
+        made = Searched(config, model)
+        if (least := made.least()) > self.target:
+            warnings.warn(
+                f"OFB can leave {least:.3f} of {type(model).__name__}'s parameters at least: {self.target:g} is out of reach", stacklevel=2
+            )
+        return finish(made, "ofb", model)
 
 
 def _mode(unit: Unit, able: str, asked: str) -> str:

@@ -19,15 +19,17 @@ def depthwise_over_time(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     computed here then.
     """
     reach = weight.shape[-1] - 1
+    odd = reach % 2 == 0
+    own = x.device.type == "cpu" and x.shape[1] + reach >= LONG and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    if odd and not (own and torch.is_grad_enabled() and weight.requires_grad):
+        return convolved(x, weight, bias, reach // 2)
     x = F.pad(x, (0, 0, reach // 2, reach - reach // 2))
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or x.shape[1] < LONG:
-        return convolved(x, weight, bias)
-    return _Depthwise.apply(x, weight, bias)
+    return _Depthwise.apply(x, weight, bias) if own else convolved(x, weight, bias)
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The convolution without zeros around: [b, n + k - 1, c] -> [b, n, c]."""
-    out = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, groups=weight.shape[0])  # b c 1 n
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
+    """The convolution with so many zeros on either side: [b, n, c] -> [b, n + 2 padding - k + 1, c]."""
+    out = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, 1, (0, padding), groups=weight.shape[0])  # b c 1 n
     return out.squeeze(2).transpose(1, 2)
 
 
@@ -44,7 +46,7 @@ class _Depthwise(torch.autograd.Function):
         reach, n = weight.shape[-1] - 1, grad.shape[1]
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = convolved(F.pad(grad, (0, 0, reach, reach)), weight.flip(-1))
+            dx = convolved(grad, weight.flip(-1), padding=reach)
         if ctx.needs_input_grad[1]:  # a tap's share: what it met, times what came back there
             met, taps = torch.empty_like(grad), grad.new_empty(reach + 1, grad.shape[2])
             for i, tap in enumerate(taps):

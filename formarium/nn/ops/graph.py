@@ -8,7 +8,7 @@ from torch import Tensor
 
 def scatter_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
     """Rows of `values` [rows, ...] added up by `index` (int64 [rows], 0 .. size - 1): [size, ...]. Where nothing points: 0."""
-    return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
+    return values.new_zeros(size, *values.shape[1:]).index_add_(0, index, values)
 
 
 def scatter_max(values: Tensor, index: Tensor, size: int) -> Tensor:
