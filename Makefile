@@ -30,9 +30,9 @@ lint: setup
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet
 
-speed: setup  ## forward and training step beside timm, transformers, MONAI and torch
+speed: setup  ## forward and training step of the image backbones, beside timm and transformers where they have them
 	$(BIN)/python -m pip install --quiet -c constraints.txt transformers
-	$(BIN)/python -m pip install --quiet --no-deps timm monai
+	$(BIN)/python -m pip install --quiet --no-deps timm
 	$(BIN)/python benchmarks/speed.py
 
 clean:

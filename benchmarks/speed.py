@@ -1,12 +1,13 @@
-"""Forward and training step of each image backbone, and of others that have a peer, beside it, paired in one process on one machine.
+"""Forward and training step of each image backbone, beside its peer where it has one, paired in one process on one machine.
 
     python benchmarks/speed.py                                  every system, batch 1 and 32, float32 (and bfloat16 where native)
     python benchmarks/speed.py --systems tnt pvt --batches 1 --repeats 9 --threads 1
-    python benchmarks/speed.py --references clones              beside the authors' own code (see benchmarks/references)
+    python benchmarks/speed.py --references clones --json benchmarks/speed.json
+                                                                every system beside its authors' own code (see benchmarks/references)
 
-Peers: timm for tnt, crossvit and efficientvit, transformers for pvt and vitpose, MONAI for swin_unetr, torch's dynamic quantisation for
-llm_int8 (four layers of a base encoder); the other backbones have none and stand alone. A and B take turns; the ratio is
-the median of B's time over A's, pair by pair: above 1.0 formarium is ahead. GFLOP/s counts a multiply-add as two, as the matmul peak does.
+Peers: timm for tnt, crossvit and efficientvit, transformers for pvt; the other backbones have none and stand alone. A and B take turns; the
+ratio is the median of B's time over A's, pair by pair: above 1.0 formarium is ahead. GFLOP/s counts a multiply-add as two, as the matmul
+peak does.
 """
 
 from __future__ import annotations
@@ -93,97 +94,6 @@ PEERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "efficientvit": ("timm", lambda: timm_model("efficientvit_m0")),
     "pvt": ("transformers", transformers_pvt),
 }
-
-
-def transformers_vitpose() -> nn.Module:
-    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
-
-    class Heatmaps(nn.Module):
-        def __init__(self):
-            super().__init__()
-            backbone = VitPoseBackboneConfig(image_size=(256, 192), hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
-            self.model = VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=17, use_simple_decoder=False))
-
-        def forward(self, x):
-            return self.model(x).heatmaps
-
-    return Heatmaps()
-
-
-def monai_swin_unetr() -> nn.Module:
-    from monai.networks.nets import SwinUNETR
-
-    return SwinUNETR(in_channels=4, out_channels=3, feature_size=24, spatial_dims=3)
-
-
-def encoder_layers() -> nn.Module:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
-    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval()
-
-
-def int8_ours() -> nn.Module:
-    from formarium.methods.llm_int8 import LLMInt8
-
-    return LLMInt8(include=("*linear1", "*linear2")).apply(encoder_layers())
-
-
-def int8_theirs() -> nn.Module:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = encoder_layers()
-        for layer in made.layers:
-            for name in ("linear1", "linear2"):
-                setattr(layer, name, torch.ao.quantization.quantize_dynamic(nn.Sequential(getattr(layer, name)), {nn.Linear})[0])
-            layer.activation_relu_or_gelu = 0
-        return made
-
-
-# system -> (name, peer, ours, theirs, inputs by batch, modes)
-OTHERS: dict[str, tuple[str, str, Callable[[], nn.Module], Callable[[], nn.Module], Callable[[int], torch.Tensor], tuple[str, ...]]] = {
-    "vitpose": ("vitpose_base", "transformers", lambda: formarium.create("vitpose_base"), transformers_vitpose,
-                lambda n: torch.randn(n, 3, 256, 192), ("forward", "train")),
-    "swin_unetr": ("swin_unetr, 24 features, 64^3", "monai", lambda: formarium.create("swin_unetr", feature_size=24), monai_swin_unetr,
-                   lambda n: torch.randn(n, 4, 64, 64, 64), ("forward", "train")),
-    "llm_int8": ("llm_int8, 128 tokens", "torch.ao", int8_ours, int8_theirs, lambda n: torch.randn(n, 128, 768), ("forward",)),
-}  # fmt: skip
-
-
-def first(out: object) -> torch.Tensor:
-    """The first tensor of what a forward gives."""
-    while not isinstance(out, torch.Tensor):
-        out = next(iter(out.values())) if isinstance(out, dict) else out[0]  # type: ignore[index]
-    return out
-
-
-def dense_step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
-    """A training step of a network whose output isn't classes: the mean of its squares."""
-    model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step():
-        loss = first(model(x)).float().square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    return step
-
-
-def others(wanted: list[str], batch: int, repeats: int) -> list[dict[str, object]]:
-    rows = []
-    for slug in wanted:
-        name, peer, make_ours, make_theirs, inputs, modes = OTHERS[slug]
-        ours, theirs, x = make_ours(), make_theirs(), inputs(batch)
-        for mode in modes:
-            make_step = forward_step if mode == "forward" else dense_step
-            a, b, ratio = pair(make_step(ours, x, torch.float32), make_step(theirs, x, torch.float32), repeats)
-            rows.append({"variant": name, "mode": mode, "batch": batch, "dtype": "float32", "ms": a * 1e3, "peer_ms": b and b * 1e3,
-                         "ratio": ratio, "peer": peer})  # fmt: skip
-            print(f"{name:32} {mode:8} {batch:5} {a * 1e3:9.1f} {(b or 0) * 1e3:9.1f} {ratio:6.2f}  {peer}", flush=True)
-    return rows
 
 
 def beside_references(clones: Path, wanted: list[str], repeats: int, path: str | None) -> None:
@@ -303,7 +213,9 @@ def main() -> None:
     if args.references:
         beside_references(args.references, args.systems or [], args.repeats, args.json)
         return
-    args.systems = args.systems or [*SMALLEST, *OTHERS]
+    wanted = args.systems or [*SMALLEST]
+    if unknown := {*wanted} - {*SMALLEST}:
+        parser.error(f"{', '.join(sorted(unknown))}: only {', '.join(SMALLEST)} here; others with --references")
     dtypes = [torch.float32, *([torch.bfloat16] if has_native_bf16() else [])]
     peaks = {d: matmul_peak(d) for d in dtypes}
     print(f"{args.threads} threads, matmul peak " + ", ".join(f"{str(d)[6:]} {p:.0f} GFLOP/s" for d, p in peaks.items()))
@@ -311,7 +223,7 @@ def main() -> None:
         print("bfloat16 rows left out: this processor has no native bfloat16")
     print(f"{'variant':24} {'mode':8} {'batch':>5} {'dtype':>9} {'ms':>9} {'peer ms':>9} {'ratio':>6} {'GFLOP/s':>8} {'of peak':>8}  peer")
     rows = []
-    for slug in [s for s in args.systems if s in SMALLEST]:
+    for slug in wanted:
         name = SMALLEST[slug]
         ours = formarium.create(name)
         peer, make = PEERS.get(slug, ("", None))
@@ -332,7 +244,6 @@ def main() -> None:
                     rows.append(row)
                     print(f"{name:24} {mode:8} {batch:5} {row['dtype']:>9} {row['ms']:9.1f} {row['peer_ms'] or float('nan'):9.1f} "
                           f"{ratio or float('nan'):6.2f} {rate:8.1f} {row['of_peak']:8.0%}  {peer}", flush=True)  # fmt: skip
-    rows += others([s for s in args.systems if s in OTHERS], 1, args.repeats)
     write(args.json, rows)
 
 

@@ -25,6 +25,18 @@ def test_a_page_says_what_the_card_says(slug):
     compile(pages.example(card), slug, "exec")
 
 
+def test_what_was_measured_stands_on_the_pages_of_systems_there_are():
+    demos, speeds = pages.measured("demos"), pages.measured("speed")
+    assert demos and speeds and {*demos, *speeds} <= {*cards()}
+    assert all(found["better"] for found in demos.values())  # a demo that loses to the trivial rival is none
+    for slug in ("hat", "dsvt"):
+        text = pages.page(cards()[slug])
+        assert demos[slug]["command"] in text and f"{speeds[slug]['rows'][0]['ratio']:.2f}x" in text
+    table = pages.on_page_markdown(f"before {pages.SPEEDS} after", None, None, None)
+    assert pages.SPEEDS not in table and all(f"`{slug}`" in table for slug in speeds)
+    assert pages.SPEEDS in (pages.ROOT / "docs" / "guides" / "speed.md").read_text(encoding="utf-8")
+
+
 def test_a_pages_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = pages.example(cards()["pvt"]).replace("steps=20", "steps=1")

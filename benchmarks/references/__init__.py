@@ -64,8 +64,9 @@ def importing(*folders: Path, **stubs: Any) -> Iterator[None]:
             else:
                 sys.modules[name] = module
         for name in set(sys.modules) - known:  # another clone may have modules of the same names
-            found = getattr(sys.modules[name], "__file__", None) or ""
-            if any(found.startswith(str(f)) for f in folders):
+            module = sys.modules[name]  # a folder without __init__.py has no file
+            found = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+            if any(str(path).startswith(str(f)) for path in found for f in folders):
                 del sys.modules[name]
 
 

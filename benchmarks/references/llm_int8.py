@@ -1,11 +1,13 @@
 """LLM.int8() beside bitsandbytes (the authors' library, as installed): linear layers, and an encoder with all of its MLPs in 8 bits.
+One row is beside torch's dynamic quantisation: one scale for all tokens, 7 bits, no outliers.
 
-Both quantise the same float weights, inputs row by row, outliers from 6.0 on apart; bitsandbytes rounds inputs to float16 first.
+bitsandbytes quantises the same float weights, inputs row by row and outliers from 6.0 on apart as here; it rounds inputs to float16 first.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +20,7 @@ from references import Pair, both
 
 PEER, NEEDS = "bitsandbytes", ("bitsandbytes",)
 WIDTH, HIDDEN, LAYERS = 768, 3072, 4  # of a base encoder
+MLPS = ("*linear1", "*linear2")
 
 
 def pairs(clones: Path) -> Iterator[Pair]:
@@ -32,11 +35,13 @@ def pairs(clones: Path) -> Iterator[Pair]:
     for tokens in (16, 128, 512):
         encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
         yield from _pair(f"encoder, {LAYERS} layers, {tokens} tokens", encoder, torch.randn(1, tokens, WIDTH))
+    ours = LLMInt8(include=MLPS).apply(deepcopy(encoder).eval())
+    yield from both("encoder, 128 tokens, beside torch.ao", ours, _dynamic(encoder.eval()), torch.randn(1, 128, WIDTH), modes=("forward",))
 
 
 def _pair(name: str, model: nn.Module, x: torch.Tensor) -> Iterator[Pair]:
     """The same layers in both: MLPs of a transformer, or what a sequence holds."""
-    ours = LLMInt8(include=("*linear1", "*linear2") if isinstance(model, nn.TransformerEncoder) else ("*",)).apply(deepcopy(model).eval())
+    ours = LLMInt8(include=MLPS if isinstance(model, nn.TransformerEncoder) else ("*",)).apply(deepcopy(model).eval())
     theirs = _theirs(deepcopy(model).eval())
     with torch.inference_mode():
         a, b = ours(x), theirs(x)
@@ -57,4 +62,14 @@ def _theirs(model: nn.Module) -> nn.Module:
         new.load_state_dict(old.state_dict())
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.to("cpu").eval())
+    return model
+
+
+def _dynamic(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is to become a package of its own
+        for layer in model.layers:
+            for name in ("linear1", "linear2"):
+                setattr(layer, name, torch.ao.quantization.quantize_dynamic(nn.Sequential(getattr(layer, name)), {nn.Linear})[0])
+            layer.activation_relu_or_gelu = 0
     return model

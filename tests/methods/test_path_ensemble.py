@@ -194,4 +194,4 @@ def test_bad_input():
 def test_it_learns_and_costs_nothing():
     recipe = Recipe(epochs=14, lr=2e-3, warmup_epochs=1, augment={"shift": 2})
     run = formarium.fit("path_ensemble_smt_micro", "sample:digits", recipe=recipe, progress=False, seed=0, validations=1)
-    assert run.rows[-1]["accuracy"] > 0.96  # logistic regression: 0.953
+    assert run.summary["accuracy"] > 0.96  # logistic regression: 0.953
