@@ -237,8 +237,9 @@ def test_a_stage_whose_map_is_read_afterwards_is_left_alone():
 
 
 @pytest.mark.slow
-def test_it_learns_as_much_as_its_backbone_with_half_the_tokens():
-    recipe = {"epochs": 36, "lr": 2e-3, "warmup_epochs": 2, "batch_size": 64, "progress": False, "seed": 0, "validations": 1}
-    slim, plain = (formarium.fit(name, "sample:digits", **recipe) for name in ("sit_slim_tnt_micro", "tnt_micro"))
-    assert slim.model.token_share == pytest.approx((1 + 0.5 + 0.5 + 0.25) / 4)
-    assert slim.summary["accuracy"] > 0.85 and slim.summary["accuracy"] > plain.summary["accuracy"] - 0.02, (slim.summary, plain.summary)
+def test_half_the_tokens_of_a_trained_network_lose_nothing():
+    recipe = {"lr": 2e-3, "warmup_epochs": 2, "batch_size": 64, "progress": False, "seed": 0, "validations": 1}
+    plain = formarium.fit("tnt_micro", "sample:digits", epochs=36, **recipe)
+    slim = formarium.fit(SiTSlim(target=0.5).apply(copy.deepcopy(plain.model)), "sample:digits", epochs=24, **recipe)
+    assert slim.model.token_share == pytest.approx(0.5)
+    assert slim.summary["accuracy"] > max(0.953, plain.summary["accuracy"] - 0.01)  # logistic regression: 0.953
