@@ -63,11 +63,14 @@ def importing(*folders: Path, **stubs: Any) -> Iterator[None]:
                 sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module
-        for name in set(sys.modules) - known:  # another clone may have modules of the same names
-            module = sys.modules[name]  # a folder without __init__.py has no file
-            found = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
-            if any(str(path).startswith(str(f)) for path in found for f in folders):
-                del sys.modules[name]
+        for name in [n for n in set(sys.modules) - known if _lies_in(sys.modules[n], folders)]:
+            del sys.modules[name]  # another clone may have modules of the same names
+
+
+def _lies_in(module: types.ModuleType, folders: tuple[Path, ...]) -> bool:
+    """Whether a module, or a folder without __init__.py, is one of these folders'."""
+    found = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+    return any(str(path).startswith(str(folder)) for path in found for folder in folders)
 
 
 def _stub(name: str, offers: dict[str, Any]) -> types.ModuleType:

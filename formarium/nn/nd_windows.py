@@ -9,10 +9,9 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.attention import biased_attention, merge_heads, split_heads
 from formarium.nn.kept import kept
 
 Sides = tuple[int, ...]
@@ -96,17 +95,6 @@ class WindowAttention(nn.Module):
             x = biased_attention(q, k, v, bias, self.scale)
         x = from_windows(self.out(merge_heads(x)), window, grid)
         return torch.roll(x, shift, axes) if shifted else x  # type: ignore[arg-type]
-
-
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(q k^T scale + bias) v for q, k, v float [..., heads, tokens, width] and a bias that broadcasts to the scores.
-
-    The fused operator has no gradient for a bias on the CPU and would fall back to slower code than the plain product.
-    """
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or not (torch.is_grad_enabled() and bias.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    return scores.add_(bias).softmax(-1) @ v
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, batch: int, scale: float | None = None) -> Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from formarium.nn.attention import biased_attention
+
 Watch = Callable[[Tensor, Tensor | None], None]
 _SOFTMAXES = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
 
@@ -67,6 +69,11 @@ class SoftmaxAttention(TorchFunctionMode):
             attn_mask = sharpen_mask(attn_mask, self.temperature)
         if self.watch is not None:
             self.watch(probabilities(query, key, attn_mask, is_causal, scale).detach(), value.detach())
+        learned = (
+            attn_mask is not None and attn_mask.requires_grad and not (dropout_p or is_causal or rest or torch.compiler.is_compiling())
+        )
+        if attn_mask is not None and learned and not attn_mask.isneginf().any():  # where whole rows are masked the fused operator gives 0
+            return biased_attention(query, key, value, attn_mask, scale)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **rest)
 
     def _layer(self, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *args: Any, **kwargs: Any) -> Any:

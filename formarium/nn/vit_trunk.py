@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formarium.features import Tap
-from formarium.nn.attention import SelfAttention, merge_heads, split_heads
+from formarium.nn.attention import SelfAttention, biased_attention, merge_heads, split_heads
 from formarium.nn.drop import DropPath
 from formarium.nn.maps import LayerNorm2d, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
-from formarium.nn.nd_windows import biased_attention
 from formarium.nn.ops.gelu import gelu
 from formarium.nn.windows import from_groups, relative_offsets, to_groups
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.model import Batch, Losses
-from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.attention import biased_attention, merge_heads, split_heads
 from formarium.nn.deformable_decoder import DeformableDecoderLayer, Head
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.image_boxes import generalised_iou, inverse_sigmoid, iou, to_corners
@@ -33,7 +33,6 @@ from formarium.nn.maps import map_to_tokens, tokens_to_map
 from formarium.nn.mask_codes import crop_masks, decode_masks, encode_masks
 from formarium.nn.matching import detection_cost, hungarian, sigmoid_focal
 from formarium.nn.mlp import MLP
-from formarium.nn.nd_windows import biased_attention
 from formarium.nn.ops.deformable_attention import DeformableAttention
 from formarium.nn.pyramid_fusion import Fusion, Projection
 from formarium.nn.shifted_windows import shift_mask, sine_positions

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.model import Batch, Losses, Stage, Turn
-from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.attention import biased_attention, merge_heads, split_heads
 from formarium.nn.convs import ConvBN
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.mlp import MLP
-from formarium.nn.nd_windows import biased_attention, relative_index
+from formarium.nn.nd_windows import relative_index
 from formarium.tasks.image_classification.model import ImageClassifier
 
 # the two backbones --------------------------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.features import Tap
-from formarium.nn.attention import merge_heads, split_heads
+from formarium.nn.attention import biased_attention, merge_heads, split_heads
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.mlp import MLP
-from formarium.nn.nd_windows import biased_attention
 from formarium.nn.positions import resize_table
 from formarium.nn.windows import from_groups, relative_offsets, to_groups
 from formarium.tasks.image_classification.model import ImageClassifier

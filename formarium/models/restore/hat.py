@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.model import Batch, Losses
-from formarium.nn.attention import merge_heads
+from formarium.nn.attention import biased_attention, merge_heads
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.mlp import MLP
-from formarium.nn.nd_windows import WindowAttention, biased_attention, from_windows, to_windows
+from formarium.nn.nd_windows import WindowAttention, from_windows, to_windows
 from formarium.nn.ops.gelu import gelu
 from formarium.nn.resizing import bicubic
 from formarium.nn.tiling import reflect_to_multiple
