@@ -69,7 +69,10 @@ def importing(*folders: Path, **stubs: Any) -> Iterator[None]:
 
 def _lies_in(module: types.ModuleType, folders: tuple[Path, ...]) -> bool:
     """Whether a module, or a folder without __init__.py, is one of these folders'."""
-    found = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+    try:
+        found = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+    except KeyError:  # the package around it is gone already
+        return True
     return any(str(path).startswith(str(folder)) for path in found for folder in folders)
 
 
