@@ -57,11 +57,11 @@ def pairs(clone: Path) -> Iterator[Pair]:
         a, b = r.ours.eval()(x.squeeze(-1), length), torch.from_numpy(says(*given).numpy())
     if not torch.allclose(a, b, atol=1e-3 * float(b.abs().max())):
         raise SystemExit(f"squeezeformer_xs says something else than formarium: {(a - b).abs().max():.2g}")
-    features, length = torch.randn(1, 600, 80), torch.tensor([600])
-    given = as_tf(features[..., None], length)
-    name = "squeezeformer_xs, 6 s"
-    yield Pair(name, "forward", forward(r.ours, features, length), lambda: says(*given).numpy())
-    yield Pair(name, "train", step(r.ours, lambda: squares(r.ours(features, length))), lambda: trains(*given).numpy())
+    for utterances in (1, 8):
+        features, length = torch.randn(utterances, 600, 80), torch.full((utterances,), 600)
+        given, name = as_tf(features[..., None], length), f"squeezeformer_xs, {utterances} of 6 s"
+        yield Pair(name, "forward", forward(r.ours, features, length), lambda x=given: says(*x).numpy())
+        yield Pair(name, "train", step(r.ours, lambda x=features, n=length: squares(r.ours(x, n))), lambda x=given: trains(*x).numpy())
 
 
 STUBS: dict[str, Any] = {"src__featurizers": {}, "src__featurizers__speech_featurizers": {}, "src__featurizers__text_featurizers": {}}
