@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def on_page_markdown(markdown, page, config, files):
     return markdown.replace(SPEEDS, speeds())
 
 
+@cache
 def measured(kind: str) -> dict[str, dict]:
     """What a script of benchmarks/ wrote last, by system."""
     path = ROOT / "benchmarks" / f"{kind}.json"

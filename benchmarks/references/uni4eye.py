@@ -14,22 +14,9 @@ from torch import Tensor, nn
 
 from formarium import create
 from references import TIMM, TO_TWO, Pair, importing, recorded, squares, step
-from references.timm_blocks import Attention, Mlp
+from references.timm_blocks import Block
 
 REPOSITORY = "Davidczy/Uni4Eye_pp"
-
-
-class Block(nn.Module):
-    """timm's block."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_layer: type[nn.Module]):
-        super().__init__()
-        self.norm1, self.attn = norm_layer(dim), Attention(dim, num_heads, qkv_bias)
-        self.norm2, self.mlp = norm_layer(dim), Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 class Encoder(nn.Module):

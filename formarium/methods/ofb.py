@@ -373,18 +373,22 @@ class Searched(Wrapped):
         local = [getattr(module, n) for n in unit.depthwise]
         return into + getattr(module, unit.out).out_features + sum(m.weight[0].numel() + (m.bias is not None) for m in local)
 
+    def _fixed(self) -> int:
+        """Parameters of the trunk that no unit's size decides."""
+        return self.full - sum(self._per_unit(u) * u.size[0] * u.size[1] for u in self.units)
+
     def parameters_left(self) -> Tensor:
         """Of the trunk, as the masks have it now, differentiable."""
-        left = self.full - self.progress.new_tensor(sum(self._per_unit(u) * u.size[0] * u.size[1] for u in self.units))
+        left = self.progress.new_tensor(self._fixed())
         for unit, space in zip(self.units, self.spaces, strict=True):
             left = left + self._per_unit(unit) * space.mask().sum()  # type: ignore[operator]
         return left * self.embedding.mask().mean() if self.config.embedding else left
 
     def least(self) -> float:
         """The smallest share of the parameters that the sizes to choose from can leave."""
-        left = float(self.full)
+        left = self._fixed()
         for unit, space in zip(self.units, self.spaces, strict=True):
-            left -= self._per_unit(unit) * (unit.size[0] * unit.size[1] - min(space.heads) * min(space.widths))  # type: ignore[operator, arg-type]
+            left += self._per_unit(unit) * min(space.heads) * min(space.widths)  # type: ignore[operator, arg-type]
         narrowest = min(self.embedding.widths) / max(self.embedding.widths) if self.config.embedding else 1.0
         return left / self.full * narrowest
 
@@ -486,8 +490,7 @@ class Searched(Wrapped):
             shares = self.embedding.shares() if self.config.embedding else None
             width = self.trunk.config.dim if shares is None else self.embedding.widths[int(shares.argmax())]
         embedding = width / self.trunk.config.dim if width else 1.0  # type: ignore[union-attr]
-        fixed = self.full - sum(self._per_unit(u) * u.size[0] * u.size[1] for u in self.units)
-        budget = self._parameter_budget() / embedding - fixed
+        budget = self._parameter_budget() / embedding - self._fixed()
 
         counts, logs = [], []
         for space in self.spaces:

@@ -90,9 +90,9 @@ class BiGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x)
-        mean = gelu(self.mean(z.mean(1, keepdim=True)))  # b 1 narrow
+        mean = F.gelu(self.mean(z.mean(1, keepdim=True)))  # b 1 narrow
         for_own, for_mean = self.token.weight.chunk(2, dim=1)  # the mean's part is the same for all tokens: no need to repeat it
-        token = F.linear(gelu(self.own(z)), for_own) + F.linear(mean, for_mean, self.token.bias)  # b n 1
+        token = F.linear(F.gelu(self.own(z)), for_own) + F.linear(mean, for_mean, self.token.bias)  # b n 1
         return x * (self.channel(mean).sigmoid() * token.sigmoid())
 
 

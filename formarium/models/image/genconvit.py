@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from formarium.errors import BadInput
 from formarium.model import Batch, Losses, Stage, Turn
 from formarium.nn.convnext import ConvNeXt, interleave, upsampled
-from formarium.nn.ops.gelu import gelu
 from formarium.tasks.deepfake_detection.model import DeepfakeDetector
 from formarium.tasks.image_classification.trunks import Swin
 
@@ -75,7 +74,7 @@ class Autoencoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         answers = self.backbone.both(self.reconstruct(x), x)
-        return self.fc2(gelu(self.fc(gelu(answers))))
+        return self.fc2(F.gelu(self.fc(F.gelu(answers))))
 
 
 class Variational(nn.Module):

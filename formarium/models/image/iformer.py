@@ -18,7 +18,6 @@ from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.maps import Pointwise
 from formarium.nn.mlp import MLP
-from formarium.nn.ops.gelu import gelu
 from formarium.nn.positions import resize_table
 from formarium.tasks.image_classification.model import ImageClassifier
 
@@ -42,7 +41,7 @@ class HighMixer(nn.Module):
         half = self.widen_pool.in_channels
         convolved = self.depthwise(self.widen_conv(x[..., :half]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         pooled = self.widen_pool(self.pool(x[..., half:].permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return gelu(torch.cat([convolved, pooled], dim=-1))
+        return F.gelu(torch.cat([convolved, pooled], dim=-1))
 
 
 class LowMixer(nn.Module):

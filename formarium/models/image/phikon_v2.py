@@ -33,7 +33,6 @@ from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.mlp import MLP
 from formarium.nn.multi_crop import View, make_view
-from formarium.nn.ops.gelu import gelu
 from formarium.nn.schedules import StepSchedule
 from formarium.nn.self_distillation import (
     PrototypeHead,
@@ -142,7 +141,7 @@ class BareMLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 def feed_forward(c: Config) -> nn.Module:

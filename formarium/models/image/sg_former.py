@@ -25,7 +25,6 @@ from formarium.nn.depthwise import ResidualDepthwise
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.maps import Grid, init_convs, map_to_tokens, run_stages, tokens_to_map
-from formarium.nn.ops.gelu import gelu
 from formarium.nn.positions import resize_table
 from formarium.tasks.image_classification.model import ImageClassifier
 
@@ -75,7 +74,7 @@ class HybridScaleAttention(nn.Module):
         cells = _pad(x.unflatten(1, grid), r).unflatten(1, (-1, r)).unflatten(3, (-1, r)).transpose(2, 3)  # b rows columns r r dim
         # kernel = stride: the convolution is one matrix product
         small = F.linear(cells.flatten(3), self.shrink.weight.permute(0, 2, 3, 1).flatten(1), self.shrink.bias)
-        keys = gelu(self.shrink_norm(small.flatten(1, 2)))
+        keys = F.gelu(self.shrink_norm(small.flatten(1, 2)))
         (q,), (k, v) = split_heads(q, self.heads), split_heads(self.kv(keys), self.heads, 2)
         attention = (q * self.scale @ k.transpose(2, 3)).softmax(-1)  # b heads (h w) cells
         received = attention.detach().mean(1).mean(1).unflatten(1, small.shape[1:3])
@@ -188,7 +187,7 @@ class ConvMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.fc2(gelu(self.local(self.fc1(x).unflatten(1, grid))).flatten(1, 2))
+        return self.fc2(F.gelu(self.local(self.fc1(x).unflatten(1, grid))).flatten(1, 2))
 
 
 class Block(nn.Module):

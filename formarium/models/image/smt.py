@@ -19,7 +19,6 @@ from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.maps import Grid, init_convs, map_to_tokens, run_stages, tokens_to_map
-from formarium.nn.ops.gelu import gelu
 from formarium.tasks.image_classification.model import ImageClassifier
 
 
@@ -51,7 +50,7 @@ class ScaleAwareModulation(nn.Module):
         """The map [batch, dim, h, w] that multiplies v."""
         parts = tokens_to_map(self.s(x), grid).chunk(self.heads, dim=1)
         scales = torch.stack([conv(part) for conv, part in zip(self.mixed, parts, strict=True)], dim=2)  # b group heads h w
-        return self.reduce(gelu(self.norm(self.gather(scales.flatten(1, 2)))))
+        return self.reduce(F.gelu(self.norm(self.gather(scales.flatten(1, 2)))))
 
 
 class LocallyEnhancedAttention(nn.Module):
@@ -83,7 +82,7 @@ class ConvMLP(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(gelu(x + map_to_tokens(self.local(tokens_to_map(x, grid)))))
+        return self.fc2(F.gelu(x + map_to_tokens(self.local(tokens_to_map(x, grid)))))
 
 
 class Block(nn.Module):

@@ -25,7 +25,6 @@ from formarium.nn.global_filter import GlobalFilter
 from formarium.nn.init import init_transformer
 from formarium.nn.maps import Grid, init_convs, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
-from formarium.nn.ops.gelu import gelu
 from formarium.nn.positions import resize_table
 from formarium.nn.token_labelling import NO_BOX, Box, mix_tokens, random_box, token_label_loss
 from formarium.tasks.image_classification.model import ImageClassifier
@@ -42,7 +41,7 @@ class ConvMLP(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = self.local(tokens_to_map(self.fc1(x), grid))
-        return self.fc2(gelu(map_to_tokens(x)))
+        return self.fc2(F.gelu(map_to_tokens(x)))
 
 
 class Block(nn.Module):

@@ -23,7 +23,6 @@ from formarium.nn.attention import merge_heads
 from formarium.nn.depthwise import ResidualDepthwise
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.maps import Pointwise
-from formarium.nn.ops.gelu import gelu
 from formarium.tasks.image_classification.model import ImageClassifier
 
 
@@ -122,7 +121,7 @@ class ConvMLP(nn.Module):
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.local(gelu(self.fc1(x))))
+        return self.fc2(self.local(F.gelu(self.fc1(x))))
 
 
 class Block(nn.Module):

@@ -98,7 +98,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, c: Tensor, levels: Levels) -> Tensor:
         local = torch.cat([map_to_tokens(self.local(m)) for m in levels.maps(self.fc1(c))], 1)
-        return self.fc2(gelu(local))
+        return self.fc2(F.gelu(local))
 
 
 class TwoFields(nn.Module):
@@ -135,7 +135,7 @@ class MRFP(nn.Module):
 
     def forward(self, c: Tensor, levels: Levels) -> Tensor:
         maps = [map_to_tokens(field(m)) for field, m in zip(self.levels, levels.maps(self.fc1(c)), strict=True)]
-        return self.fc2(gelu(torch.cat(maps, 1)))
+        return self.fc2(F.gelu(torch.cat(maps, 1)))
 
 
 class ToViT(nn.Module):

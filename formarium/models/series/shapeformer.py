@@ -24,7 +24,6 @@ from formarium.errors import BadInput
 from formarium.features import Tap
 from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.drop import Dropout
-from formarium.nn.ops.gelu import gelu
 from formarium.tasks.time_series_classification.model import Match, SeriesClassifier
 from formarium.tasks.time_series_classification.shapelets import discover
 
@@ -74,8 +73,8 @@ class ConvTokens(nn.Module):
         self.across, self.across_norm = nn.Conv2d(dim, dim, (channels, 1)), nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gelu(self.time_norm(self.time(F.pad(x, self.pad).unsqueeze(1))))  # b d c t
-        return gelu(self.across_norm(self.across(x))).squeeze(2).transpose(1, 2)
+        x = F.gelu(self.time_norm(self.time(F.pad(x, self.pad).unsqueeze(1))))  # b d c t
+        return F.gelu(self.across_norm(self.across(x))).squeeze(2).transpose(1, 2)
 
 
 class ShapeletFilter(nn.Module):
