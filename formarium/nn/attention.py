@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(q k^T scale + bias) v for q, k, v float [..., heads, tokens, width] and a bias that broadcasts to the scores.
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale + bias) v for q, k, v float [..., heads, tokens, width] and a bias, if any, that broadcasts to the scores.
 
     The fused operator has no gradient for a bias on the CPU and would fall back to slower code than the plain product.
     """
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or not (torch.is_grad_enabled() and bias.requires_grad):
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if bias is None or not learned or torch.compiler.is_compiling() or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     return scores.add_(bias).softmax(-1) @ v

@@ -19,12 +19,13 @@ def depthwise_over_time(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     computed here then.
     """
     reach = weight.shape[-1] - 1
-    odd = reach % 2 == 0
-    own = x.device.type == "cpu" and x.shape[1] + reach >= LONG and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-    if odd and not (own and torch.is_grad_enabled() and weight.requires_grad):
+    around = (0, 0, reach // 2, reach - reach // 2)
+    own = x.device.type == "cpu" and x.shape[1] + reach >= LONG and torch.is_grad_enabled() and weight.requires_grad
+    if own and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
+        return _Depthwise.apply(F.pad(x, around), weight, bias)
+    if reach % 2 == 0:
         return convolved(x, weight, bias, reach // 2)
-    x = F.pad(x, (0, 0, reach // 2, reach - reach // 2))
-    return _Depthwise.apply(x, weight, bias) if own else convolved(x, weight, bias)
+    return convolved(F.pad(x, around), weight, bias)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:

@@ -66,8 +66,6 @@ class GroupAttention(nn.Module):
         if padding is not None:
             hidden = torch.zeros(padding.shape, dtype=q.dtype, device=x.device).masked_fill(padding, MASKED)[:, None, None]
             mask = (hidden if mask is None else hidden + mask).repeat(x.shape[0] // padding.shape[0], 1, 1, 1)
-        if mask is None:
-            return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
         return self.out(merge_heads(biased_attention(q, k, v, mask)))
 
     def position_bias(self, size: int) -> Tensor:
