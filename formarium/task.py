@@ -94,6 +94,11 @@ class Task:
         """Raw sample to what the model's batch holds; with a recipe, augmented as it says (training)."""
         raise NotImplementedError
 
+    def training_transform(self, preprocessing: Mapping[str, Any], recipe: Mapping[str, Any], data: Data, epochs: float) -> Transform:
+        """`transform` with a recipe, for a training of so many epochs on this data. One that changes with the epoch has `at(epoch)`, from 0
+        on, which gives what is in its place then."""
+        return self.transform(preprocessing, recipe)
+
     def augment_batch(self, recipe: Mapping[str, Any], model_args: Mapping[str, Any]) -> BatchTransform | None:
         """What mixes samples of a batch (mixup, cutmix, label smoothing), or None where the recipe asks for none."""
         return None

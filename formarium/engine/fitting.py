@@ -28,6 +28,7 @@ from formarium.engine.preparing import prepare
 from formarium.engine.progress import Interrupted, bar, command_to_go_on, interrupts
 from formarium.engine.recipes import Recipe
 from formarium.engine.runs import Run
+from formarium.engine.schedules import Plateau
 from formarium.engine.stages import Diverged, Training, spans
 from formarium.errors import BadInput
 from formarium.model import Model, Stage
@@ -65,7 +66,8 @@ def fit(
     recipe: a Recipe, its keys, or "published" or "demo"; by default the card's for that variant. Keywords override it (steps, epochs, lr,
     batch_size, ...). seed: of the weights, the order, the augmentation and the noise; how a folder is split doesn't depend on it.
     precision: "auto" (bfloat16 where native and harmless), "float32", "bfloat16". compile: torch.compile the network.
-    snapshots: how many states to keep beside the first, for lenses. validations: how often the held-out metrics are measured.
+    snapshots: how many states to keep beside the first, for lenses. validations: how often the held-out metrics are measured; with a
+    plateau schedule after every epoch.
     checkpoint_seconds: time between checkpoints. until: a step to stop after; the run is then whole as it stands (`stopped_at` in its
     config), and with `resume` goes on from there, to a later `until` or to its end, as if it had never stopped. workers: processes that
     read and augment. progress: False for no bar.
@@ -157,6 +159,7 @@ class Trainer:
         self.task = task(network.task)
         self.network.to(fabric.device)
         self.averaged = Averaged(network, recipe.ema) if recipe.ema else None
+        self.plateau = Plateau(recipe, self.task.higher_is_better)
         self.step = 0  # done
         self.seconds = 0.0  # of training, over all attempts
         self.unlogged: list[dict[str, float]] = []
@@ -169,6 +172,8 @@ class Trainer:
         self.spans = spans(self.stages, self.steps)
         self.snapshot_steps = {round(i * self.steps / snapshots) for i in range(snapshots + 1)} if snapshots else set()
         self.validation_steps = {max(1, round(i * self.steps / validations)) for i in range(1, validations + 1)}
+        if self.recipe.schedule == "plateau":
+            self.validation_steps = {*range(self.order.per_epoch, self.steps, self.order.per_epoch)}
         self.validation_steps |= {self.until, self.steps}
 
     def train(self, state: Mapping[str, Any] | None, tick: Any) -> None:
@@ -213,7 +218,8 @@ class Trainer:
 
     def batches(self, steps: range) -> Iterator[Batch]:
         """This process's share of each step's batch."""
-        transform = self.task.transform(self.network.preprocessing, self.recipe.augment)
+        epochs = self.steps / self.order.per_epoch
+        transform = self.task.training_transform(self.network.preprocessing, self.recipe.augment, self.data, epochs)
         prepared = Prepared(self.data.splits["train"], transform, self.order.seed)
         mix = self.task.augment_batch(self.recipe.augment, self.data.model_args)
         rank, world = self.fabric.global_rank, self.fabric.world_size
@@ -223,7 +229,7 @@ class Trainer:
         self.network.train()
         reseed(stream(self.order.seed, NOISE, self.step, self.fabric.global_rank), self.fabric.device)
         try:
-            terms = training.step(to_device(batch, self.fabric.device), self.step)
+            terms = training.step(to_device(batch, self.fabric.device), self.step, self.plateau.scale)
         except Diverged as e:
             raise Diverged(f"{e}; {self.journal.last_checkpoint}") from None
         self.step += 1
@@ -250,7 +256,11 @@ class Trainer:
             self.unlogged = []
             self.journal.row({**where, "split": "train", **means, "seconds": round(self.seconds, 3)})
         if self.step in self.validation_steps:
-            self.journal.row({**where, "split": "val", **self.measure(None if self.step == self.until else GLANCE)})
+            plateau = self.recipe.schedule == "plateau"
+            metrics = self.measure(None if plateau or self.step == self.until else GLANCE)
+            self.journal.row({**where, "split": "val", **metrics})
+            if plateau and self.step % self.order.per_epoch == 0 and self.task.metric in metrics:
+                self.plateau.see(metrics[self.task.metric], self.step // self.order.per_epoch)
 
     def keep_snapshot(self) -> None:
         if self.step in self.snapshot_steps:
@@ -292,6 +302,7 @@ class Trainer:
                 "unlogged": self.unlogged,
                 "model": self.network.state_dict(),
                 "averaged": self.averaged.values if self.averaged else None,
+                "plateau": self.plateau.state(),
                 "optimisers": training.state(),
             }
         )
@@ -307,6 +318,7 @@ class Trainer:
         self.network.load_state_dict(state["model"])
         if self.averaged:
             self.averaged.values = state["averaged"]
+        self.plateau.load(state["plateau"])
         self.step, self.seconds, self.unlogged = state["step"], state["seconds"], state["unlogged"]
         return state
 
@@ -336,7 +348,9 @@ class Trainer:
         said: dict[str, Any] = {"asked": asked, "train": trained, "predict": trained}
         if asked != "auto" or trained != "bfloat16":
             return said
-        exact, half = (self.measure(precisions.CHECKED, p)[self.task.metric] for p in ("float32", "bfloat16"))
+        exact, half = (self.measure(precisions.CHECKED, p).get(self.task.metric) for p in ("float32", "bfloat16"))
+        if exact is None or half is None:  # pre-training on data without labels has no such metric
+            return said
         harm = (exact - half) * (1 if self.task.higher_is_better else -1)
         samples = min(precisions.CHECKED, len(self.data.splits["val"]))
         said |= {"metric": self.task.metric, "float32": exact, "bfloat16": half, "samples": samples}

@@ -85,7 +85,8 @@ class Prepared:
         except (OSError, ValueError, SyntaxError) as e:  # what decoders raise
             return BadInput(f"sample {index}", expected="one that can be read", got=f"{type(e).__name__}: {e}")
         try:
-            return self.transform(sample, np.random.default_rng(stream(self.seed, AUGMENT, *key)))
+            transform = self.transform.at(key[0]) if hasattr(self.transform, "at") else self.transform
+            return transform(sample, np.random.default_rng(stream(self.seed, AUGMENT, *key)))
         except FormariumError as e:
             return e
 

@@ -1,4 +1,4 @@
-"""Optimisers, schedules, clipping, averaged weights."""
+"""Optimisers, clipping, averaged weights."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def _groups(model: Model, recipe: Recipe, train: Iterable[str]) -> list[dict[str
         if p.requires_grad and _matches(name, patterns):
             bare = p.ndim <= 1 or name.endswith("bias") or _matches(name, spared)
             scale = recipe.layer_decay ** (depth + 1 - layer[name]) if layer else 1.0
+            scale *= math.prod(share for glob, share in recipe.lr_shares.items() if fnmatchcase(name, glob))
             found.setdefault((0.0 if bare else recipe.weight_decay, scale), []).append(p)
     return [{"params": p, "weight_decay": decay, "scale": scale} for (decay, scale), p in found.items()]
 
@@ -61,16 +62,6 @@ def layers(model: Model) -> tuple[int, dict[str, int]]:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def learning_rate(recipe: Recipe, step: int, steps: int, per_epoch: int) -> float:
-    """Of step 0 .. steps - 1: linear from warmup_lr over the warm-up (at most half of all), then half a cosine down to min_lr."""
-    warmup = min(round(recipe.warmup_epochs * per_epoch), steps // 2)
-    if step < warmup:
-        return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    floor = min(recipe.min_lr, recipe.lr)
-    return floor + (recipe.lr - floor) * (1 + math.cos(math.pi * done)) / 2
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -14,6 +14,7 @@ from formarium.task import task as task_of
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 CLIP_MODES = ("norm", "agc")
+SCHEDULES = ("cosine", "constant", "poly", "step", "exponential", "noam", "one_cycle", "plateau")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Recipe:
     min_lr: float = 1e-5
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
+    schedule: str = "cosine"  # behind the warm-up: cosine, constant, poly, step, exponential, noam, one_cycle, plateau
+    milestones: tuple[float, ...] = ()  # step: the shares of the run, 0 to 1, at which the rate is multiplied by factor
+    factor: float = 0.1  # of step, of exponential (every epoch) and of plateau
+    power: float = 1.0  # of poly (1: a straight line) and noam (0.5: the inverse square root)
+    hold_epochs: float = 0  # noam: epochs at the peak; plateau: epochs before the first cut
+    patience: int = 10  # plateau: epochs without a better held-out metric that it bears
+    cycle_momentum: tuple[float, float] | None = None  # one_cycle: momentum, or Adam's first beta, at either end and at the peak
+    lr_shares: Mapping[str, float] = field(default_factory=dict)  # of parameters by globs of their names, as {"*.offsets.*": 0.1}
     weight_decay: float = 0.05
     layer_decay: float = 1.0  # each block's learning rate is this share of the next one's (Bao et al., BEiT); the head's is lr
     betas: tuple[float, float] = (0.9, 0.999)
@@ -109,8 +118,10 @@ def _card_of(system: str | Card | Model, variant: Variant | None) -> tuple[Card,
 def _check(recipe: Recipe) -> None:
     for key in ("epochs", "batch_size", "accumulate", "repeated_augmentation", "lr"):
         _must(recipe, key, lambda v: v > 0, "more than 0")
-    for key in ("min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "momentum"):
+    for key in ("min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "momentum", "hold_epochs", "patience"):
         _must(recipe, key, lambda v: v >= 0, "at least 0")
+    for key in ("factor", "power"):
+        _must(recipe, key, lambda v: v > 0, "more than 0")
     _must(recipe, "layer_decay", lambda v: 0 < v <= 1, "above 0 and at most 1")
     for key in ("batch_size", "accumulate", "repeated_augmentation", "steps"):
         if (value := getattr(recipe, key)) is not None and (value != int(value) or value < 1):
@@ -118,7 +129,10 @@ def _check(recipe: Recipe) -> None:
     for key, most in (("ema", 1.0), ("drop_path", 1.0), ("clip_grad", float("inf"))):
         if getattr(recipe, key) is not None:
             _must(recipe, key, lambda v, most=most: 0 <= v < most, f"from 0 to below {most:g}")
-    for key, known in (("optimizer", OPTIMIZERS), ("clip_mode", CLIP_MODES)):
+    if (recipe.schedule == "step") != bool(recipe.milestones) or not all(0 < m < 1 for m in recipe.milestones):
+        got = f"{recipe.milestones} with {recipe.schedule}"
+        raise BadInput("recipe key milestones", expected="shares of the run between 0 and 1, with the schedule step alone", got=got)
+    for key, known in (("optimizer", OPTIMIZERS), ("clip_mode", CLIP_MODES), ("schedule", SCHEDULES)):
         if getattr(recipe, key) not in known:
             raise UnknownName(key, str(getattr(recipe, key)), known)
 

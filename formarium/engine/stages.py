@@ -13,8 +13,9 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from formarium.engine.loader import Batch, parts
-from formarium.engine.optim import clip, gradient_norm, learning_rate, optimiser
+from formarium.engine.optim import clip, gradient_norm, optimiser
 from formarium.engine.recipes import Recipe
+from formarium.engine.schedules import learning_rate, momentum
 from formarium.errors import BadInput, FormariumError
 from formarium.model import Model, Stage
 
@@ -66,14 +67,20 @@ class Training:
     def close(self) -> None:
         _require_grad(self.still, True)
 
-    def step(self, batch: Batch, at: int) -> dict[str, float]:
-        """Every turn once, or as often as it repeats. Returns the loss, its terms, the gradient's norm and the learning rate; a stage of
-        several turns has them for each, as "TURN.loss" and so on, and the sum of the losses as "loss". Raises Diverged."""
+    def step(self, batch: Batch, at: int, scale: float = 1.0) -> dict[str, float]:
+        """Every turn once, or as often as it repeats; scale: what a plateau has left of the learning rate.
+
+        Returns the loss, its terms, the gradient's norm and the learning rate; a stage of several turns has them for each, as "TURN.loss"
+        and so on, and the sum of the losses as "loss". Raises Diverged.
+        """
         said: dict[str, float] = {}
         for turn in self.turns:
-            rate = learning_rate(turn.recipe, at - self.steps.start, len(self.steps), self.per_epoch)
+            when = (at - self.steps.start, len(self.steps), self.per_epoch)
+            rate, beta = learning_rate(turn.recipe, *when, scale), momentum(turn.recipe, *when)
             for group in turn.optimiser.param_groups:
                 group["lr"] = rate * group["scale"]
+                if beta is not None:
+                    group |= {"momentum": beta} if "momentum" in group else {"betas": (beta, group["betas"][1])}
             with _frozen(turn.others):
                 for _ in range(turn.repeats):
                     terms = self._move(turn, batch, at)

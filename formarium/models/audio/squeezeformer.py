@@ -61,22 +61,23 @@ def relative_shift(x: Tensor) -> Tensor:
 class Frames:
     """What the blocks at one frame rate need to know of their t frames.
 
-    keep: bool [b, t], the frames that are speech. hidden: float32 [b, 1, t, t], what is added to attention's logits: NOWHERE where query
-    or key isn't speech. positions: float32 [2 t - 1, dim], of the relative table.
+    keep: bool [b, t], the frames that are speech; spoken: the same as float32 [b, t, 1]. hidden: float32 [b, 1, t, t], what is added to
+    attention's logits: NOWHERE where query or key isn't speech. positions: float32 [2 t - 1, dim], of the relative table.
     """
 
     keep: Tensor
+    spoken: Tensor
     hidden: Tensor
     positions: Tensor
 
     @staticmethod
     def of(keep: Tensor, dim: int) -> Frames:
         both = keep[:, None, :, None] & keep[:, None, None, :]
-        return Frames(keep, (~both).float() * NOWHERE, relative_table(keep.shape[1], dim, keep.device))
+        return Frames(keep, keep[..., None].float(), (~both).float() * NOWHERE, relative_table(keep.shape[1], dim, keep.device))
 
     def speech(self, x: Tensor) -> Tensor:
         """x [b, t, dim], zero where it isn't speech."""
-        return x * self.keep[..., None].to(x.dtype)
+        return x * self.spoken.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -122,7 +123,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
         inside = self.drop(F.silu(self.expand(self.front(x))))
-        return x + self.factor * self.drop(self.contract(inside))
+        return torch.add(x, self.drop(self.contract(inside)), alpha=self.factor)
 
 
 class Convolution(nn.Module):
@@ -203,11 +204,11 @@ class Subsampling(nn.Module):
         self.first = nn.Conv2d(1, filters, 3, 2)
         _uniform(1 / 3, self.first.weight, self.first.bias)
         if c.separable:
-            self.depthwise, self.pointwise = nn.Conv2d(filters, filters, 3, 2, groups=filters), Pointwise(filters, filters)
+            self.depthwise, self.pointwise = nn.Conv2d(filters, filters, 3, 2, 2, groups=filters), Pointwise(filters, filters)
             _uniform(1 / 3, self.depthwise.weight, self.depthwise.bias)
             _uniform(filters**-0.5, self.pointwise.weight, self.pointwise.bias)
         else:
-            self.second = nn.Conv2d(filters, filters, 3, 2)
+            self.second = nn.Conv2d(filters, filters, 3, 2, 2)
             _uniform((9 * filters) ** -0.5, self.second.weight, self.second.bias)
         self.project = nn.Linear(filters * (c.mels // 2 // 2), c.dim)
         _uniform(5120**-0.5, self.project.weight, self.project.bias)
@@ -219,10 +220,14 @@ class Subsampling(nn.Module):
         x = F.relu_(self.first(x))
         if self.exact:
             x = x * inside(length // 2, x.shape[2])[:, None, :, None]
-        x = F.pad(x, (0, 1, 0, 1))
         if self.separable:
-            return self.project(F.relu(self.pointwise(self.depthwise(x).permute(0, 2, 3, 1))).flatten(2))
-        return self.project(F.relu(self.second(x)).permute(0, 2, 3, 1).flatten(2))  # b t (mels filters)
+            return self.project(F.relu_(self.pointwise(self._end(self.depthwise(x)))).flatten(2))
+        return self.project(F.relu_(self._end(self.second(x))).flatten(2))  # b t (mels filters)
+
+    @staticmethod
+    def _end(x: Tensor) -> Tensor:
+        """b filters t mels, padded by two on every side, as b t mels filters, padded by one at the end."""
+        return x.permute(0, 2, 3, 1)[:, 1:, 1:].contiguous()
 
 
 class TimeReduction(nn.Module):
