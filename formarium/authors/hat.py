@@ -1,10 +1,20 @@
-"""HAT: github.com/XPixelGroup/HAT (hat/archs/hat_arch.py)."""
+"""HAT: github.com/XPixelGroup/HAT (hat/archs/hat_arch.py); Real-HAT's discriminator and losses: github.com/XPixelGroup/BasicSR."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from formarium.authors import Authors
+import torch
+from torch import Tensor
+
+from formarium.authors import Authors, State
+from formarium.nn.filters import filter2d, usm_sharpen
+from formarium.nn.perceptual import PerceptualDistance, VGGFeatures
+from formarium.nn.unet_discriminator import UNetDiscriminator
+from formarium.tasks.image_restoration.adversarial import made_loss, real_loss
+from formarium.tasks.image_restoration.real import KERNELS, blur_kernel, sinc_kernel
+
+Inputs = dict[str, Tensor]
 
 # what the released class takes for granted; its own defaults differ from every published configuration
 DEFAULTS: dict[str, Any] = {
@@ -47,6 +57,69 @@ def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def to_ours(state: State, model: Any) -> State:
+    """The released generators of Real-HAT come without their discriminator, which then stays as it is."""
+    if any(k.startswith("discriminator.") for k in state):
+        return state
+    return {**state, **{k: v for k, v in model.state_dict().items() if k.startswith("discriminator.")}}
+
+
+# the discriminator, whose spectrally normalised weights bear three names
+PLACES = {
+    "conv0": "first",
+    **{f"conv{i + 1}": f"down.{i}" for i in range(3)},
+    **{f"conv{i + 4}": f"up.{i}" for i in range(3)},
+    **{f"conv{i + 7}": f"extra.{i}" for i in range(2)},
+    "conv9": "score",
+}
+NORMED = {"weight_orig": "weight.original", "weight_u": "weight.0._u", "weight_v": "weight.0._v"}
+DISCRIMINATOR = [
+    *((f"discriminator.{a}.{k}", f"discriminator.{b}.parametrizations.{v}") for a, b in PLACES.items() for k, v in NORMED.items()),
+    *((f"discriminator.{a}", f"discriminator.{b}") for a, b in PLACES.items()),
+]
+
+
+def discriminate(header: dict[str, Any], inputs: Inputs, state: State) -> Inputs:
+    """UNetDiscriminatorSN's logits and the GAN losses, each weight divided by its first singular value (u and v are its vectors)."""
+    network = UNetDiscriminator(dim=header["reference"]["constructor"]["num_feat"]).eval()
+    ours = {authors.rename(f"discriminator.{k}").removeprefix("discriminator."): v for k, v in state.items()}
+    for name in [k for k in ours if k.endswith("weight.original")]:
+        u, _, v = torch.linalg.svd(ours[name].flatten(1), full_matrices=False)
+        vectors = name.removesuffix("original")
+        ours |= {f"{vectors}0._u": u[:, 0], f"{vectors}0._v": v[0]}
+    network.load_state_dict(ours)
+    logits = network(inputs["x"])
+    return {"logits": logits, "restorer": 0.1 * real_loss(logits), "real": real_loss(logits), "made": made_loss(logits)}
+
+
+def perceptual(header: dict[str, Any], inputs: Inputs, state: State) -> Inputs:
+    """PerceptualLoss and its gradient."""
+    weights = header["reference"]["constructor"]["layer_weights"]
+    network = VGGFeatures(tuple(weights))
+    network.load_state_dict({k: v for k, v in state.items() if k in network.state_dict()})
+    with torch.enable_grad():
+        made = inputs["made"].requires_grad_()
+        loss = PerceptualDistance(network, weights)(made, inputs["truth"])
+        (gradient,) = torch.autograd.grad(loss, made)
+    return {"loss": loss, "gradient": gradient}
+
+
+def sharpening(header: dict[str, Any], inputs: Inputs, state: State) -> Inputs:
+    """USMSharp, and filter2D with two kernels."""
+    x = inputs["x"]
+    return {"sharp": usm_sharpen(x), "small": filter2d(x, inputs["small"]), "large": filter2d(x, inputs["large"])}
+
+
+def kernels(header: dict[str, Any], inputs: Inputs, state: State) -> Inputs:
+    """One of each kernel that the degradation draws."""
+    c = header["reference"]["constructor"]
+    found = {"sinc": sinc_kernel(c["cutoff"], c["size"])}
+    for kind in KERNELS:
+        other, angle = (c["sigma_y"], c["angle"]) if kind.endswith("aniso") else (c["sigma_x"], 0.0)
+        found[kind] = blur_kernel(kind, c["size"], c["sigma_x"], other, angle, c["beta"] if "_" in kind else 1.0)
+    return {k: torch.from_numpy(v) for k, v in found.items()}
+
+
 BLOCK, THEIRS = "groups.{i}.blocks.{j}", "layers.{i}.residual_group.blocks.{j}"
 OVERLAP, THEIR_OVERLAP = "groups.{i}.overlap", "layers.{i}.residual_group.overlap_attn"
 
@@ -71,7 +144,15 @@ authors = Authors(
         ("conv_before_upsample.0", "before"),
         ("upsample", "enlarge"),
         ("conv_last", "last"),
+        *DISCRIMINATOR,
     ],
     ignore=["relative_position_index_*", "attn_mask"],
     config=config,
+    to_ours=to_ours,
+    parts={
+        "hat_discriminator*": discriminate,
+        "hat_perceptual*": perceptual,
+        "hat_sharpening*": sharpening,
+        "hat_real_kernels*": kernels,
+    },
 )

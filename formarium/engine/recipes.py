@@ -129,9 +129,8 @@ def _check(recipe: Recipe) -> None:
     for key, most in (("ema", 1.0), ("drop_path", 1.0), ("clip_grad", float("inf"))):
         if getattr(recipe, key) is not None:
             _must(recipe, key, lambda v, most=most: 0 <= v < most, f"from 0 to below {most:g}")
-    if (recipe.schedule == "step") != bool(recipe.milestones) or not all(0 < m < 1 for m in recipe.milestones):
-        got = f"{recipe.milestones} with {recipe.schedule}"
-        raise BadInput("recipe key milestones", expected="shares of the run between 0 and 1, with the schedule step alone", got=got)
+    if (recipe.schedule == "step" and not recipe.milestones) or not all(0 < m < 1 for m in recipe.milestones):
+        raise BadInput("recipe key milestones", expected="shares of the run between 0 and 1", got=str(recipe.milestones))
     for key, known in (("optimizer", OPTIMIZERS), ("clip_mode", CLIP_MODES), ("schedule", SCHEDULES)):
         if getattr(recipe, key) not in known:
             raise UnknownName(key, str(getattr(recipe, key)), known)

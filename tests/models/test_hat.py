@@ -1,16 +1,26 @@
+import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from formarium import create
+import formarium
+import formarium.task
+from formarium import card, create
+from formarium.authors import authors_of, load_state
 from formarium.authors.hat import config
+from formarium.engine.recipes import recipe_for
 from formarium.engine.records import replay
-from formarium.errors import BadInput
+from formarium.errors import BadCheckpoint, BadInput
 from formarium.models.restore.hat import overlap_index
+from formarium.nn.filters import usm_sharpen
 from formarium.nn.nd_windows import from_windows, to_windows
+from formarium.nn.perceptual import VGGFeatures
 from formarium.nn.resizing import bicubic
+from formarium.task import Data
+from formarium.tasks.image_restoration.data import Arrays
 
 RECORDS = sorted((Path(__file__).parent.parent / "parity" / "hat").glob("*.safetensors"))
 
@@ -145,10 +155,161 @@ def test_windows_round_trip_in_two_and_three_dimensions():
         assert torch.equal(cut[0], first)
 
 
+# Real-HAT -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real():
+    torch.manual_seed(0)
+    return create("real_hat_micro").train()
+
+
+def changed(before, model):
+    """Which parameters moved: by the name of their network."""
+    names = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+    return {"discriminator" if n.startswith("discriminator.") else "restorer" for n in names}
+
+
+def test_released_generators_load_without_a_discriminator(tmp_path, real):
+    theirs = {k: v for k, v in authors_of("hat").export_state(real).items() if not k.startswith("discriminator.")}
+    assert "conv_first.weight" in theirs and "layers.0.residual_group.blocks.0.conv_block.cab.0.weight" in theirs
+    torch.save({"params_ema": theirs}, tmp_path / "Real_HAT_GAN_SRx4.pth")
+    torch.manual_seed(1)
+    other = create("real_hat_micro")
+    own = {k: v.clone() for k, v in other.discriminator.state_dict().items()}
+    other.load_authors(tmp_path / "Real_HAT_GAN_SRx4.pth")
+    image = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(other.eval()(image), real.eval()(image))
+    assert all(torch.equal(v, own[k]) for k, v in other.discriminator.state_dict().items())
+    torch.save({"params_ema": {k: v for k, v in theirs.items() if k != "conv_first.weight"}}, tmp_path / "short.pth")
+    with pytest.raises(BadCheckpoint, match="embed"):
+        other.load_authors(tmp_path / "short.pth")
+
+
+def test_a_discriminator_has_the_references_names_too(real):
+    theirs = authors_of("hat").export_state(real)
+    assert {"discriminator.conv0.bias", "discriminator.conv1.weight_orig", "discriminator.conv8.weight_u"} < {*theirs}
+    other = create("real_hat_micro")
+    load_state(other, theirs)
+    assert all(torch.equal(v, real.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+def test_the_network_of_real_hat_is_that_of_hat():
+    for name in ("real_hat_gan_x4", "real_hat_gan_x4_sharper"):
+        config, plain = (card("hat").variants[n].config for n in (name, "hat_x4"))
+        own = {k for k in config if k not in ("gan", "sharpened")}
+        assert {k: config[k] for k in own} == {k: plain[k] for k in own} == {"upscale": 4}
+    recipe = recipe_for("real_hat_gan_x4_sharper").as_dict()
+    assert (recipe["lr"], recipe["ema"], recipe["sharpen"], recipe["turn"]) == (1e-4, 0.999, True, False)
+    first, second = create("real_hat_micro", gan_share=2 / 7).training_stages()
+    assert recipe["steps"] * first.share == pytest.approx(1_000_000) and recipe["steps"] * second.share == pytest.approx(400_000)
+
+
+def test_two_stages_first_the_restorer_alone_then_both(tmp_path):
+    tiles = formarium.task.task("image-restoration").sample("photos_real_x4").splits
+    data = Data("tiles", "image-restoration", {k: Arrays(s.samples[:2]) for k, s in tiles.items()}, {"upscale": 4})
+    fit = {"steps": 2, "batch_size": 1, "patch": 8, "progress": False, "snapshots": 0, "validations": 1}
+    torch.manual_seed(0)
+    model = create("real_hat_micro", gan_share=0.5)
+    start = {n: p.clone() for n, p in model.named_parameters()}
+    formarium.fit(model, data, out=tmp_path / "run", until=1, **fit)
+    assert changed(start, model) == {"restorer"}
+    middle = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match="without the perceptual loss"):
+        run = formarium.fit(model, data, out=tmp_path / "run", resume=True, **fit)
+    assert changed(middle, run.model) == {"restorer", "discriminator"}
+    rows = [r for r in run.history if r["split"] == "train"]
+    assert "discriminator_loss.real" in rows[-1] and "restorer_loss.perceptual" not in rows[-1]
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    assert formarium.load(tmp_path / "run").config.gan
+
+
+def test_every_parameter_has_a_turn_and_gets_a_gradient(real):
+    first, second = real.training_stages()
+    reached = {}
+    for turn in (*first.turns, *second.turns):
+        real.zero_grad()
+        getattr(real, turn.loss)(real.example_batch(2)).total.backward()
+        own = {n for n, _ in real.named_parameters() if any(fnmatchcase(n, g) for g in turn.train)}
+        reached[turn.loss] = {n for n in own if dict(real.named_parameters())[n].grad.abs().sum() > 0}
+        assert reached[turn.loss] == own
+    discriminator = {n for n, _ in real.named_parameters() if n.startswith("discriminator.")}
+    assert reached["discriminator_loss"] == discriminator and not reached["restorer_loss"] & discriminator
+    assert reached["loss"] == reached["restorer_loss"] == {n for n, _ in real.named_parameters()} - discriminator
+
+
+def test_the_discriminator_sees_what_was_made_before_the_restorers_step(real):
+    batch = real.example_batch(2)
+    with torch.no_grad():
+        before = real.forward_batch(batch)
+    real.restorer_loss(batch).total.backward()
+    with torch.no_grad():
+        real.last.weight.add_(0.1)
+    torch.testing.assert_close(real.made(batch), before)
+    with torch.no_grad():
+        assert not torch.allclose(real.made(batch), before)  # once only; then it is made anew
+
+
+def test_losses_weigh_and_compare_as_published(real):
+    batch = real.example_batch(2)
+    losses = real.restorer_loss(batch)
+    torch.testing.assert_close(losses.total, losses.terms["l1"] + 0.1 * losses.terms["gan"])
+    sharp = create("real_hat_micro", sharpened=("l1", "perceptual"))
+    truths = sharp.truths(batch)
+    assert torch.equal(truths["gan"], batch["target"]) and torch.equal(truths["l1"], usm_sharpen(batch["target"]))
+    assert not torch.equal(truths["l1"], truths["gan"]) and torch.equal(truths["perceptual"], truths["l1"])
+    assert all(torch.equal(t, batch["target"]) for t in real.truths(batch).values())
+    with pytest.raises(BadInput, match="perceptual"):
+        create("real_hat_micro", sharpened=("vgg",))
+
+
+def test_the_perceptual_loss_has_its_weights_from_a_file_or_says_so(tmp_path):
+    with pytest.raises(BadInput, match=r"vgg19.*perceptual_weight=0") as caught:
+        create("real_hat_micro", perceptual_weight=1.0).training_stages()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="no such file"):
+        create("real_hat_micro", perceptual_weight=1.0, vgg19=str(tmp_path / "vgg19.pth")).training_stages()
+    torch.save(VGGFeatures().state_dict(), tmp_path / "vgg19.pth")
+    model = create("real_hat_micro", perceptual_weight=1.0, vgg19=str(tmp_path / "vgg19.pth"))
+    model.training_stages()
+    losses = model.restorer_loss(model.example_batch(1))
+    torch.testing.assert_close(losses.total, losses.terms["l1"] + losses.terms["perceptual"] + 0.1 * losses.terms["gan"])
+    losses.total.backward()
+    assert losses.terms["perceptual"] > 0 and model.last.weight.grad.abs().sum() > 0
+    assert not any("features." in k for k in model.state_dict())  # saved with no model
+
+
+def test_real_hat_restores_any_size_by_tiles(real):
+    real.eval()
+    image = torch.rand(1, 3, 37, 50)
+    real.preprocessing |= {"tile": 24, "tile_margin": 8}
+    with torch.no_grad():
+        tiles = real.predict({"image": image}).image
+        real.preprocessing |= {"tile": 256}
+        whole = real.predict({"image": image}).image
+    assert tiles.shape == whole.shape == (1, 3, 148, 200) and (tiles - whole).abs().max() < 0.02
+
+
+@pytest.mark.slow
+def test_real_hat_beats_bicubic_on_real_degradations_after_its_first_stage_and_both_networks_learn(tmp_path):
+    data, fit = "sample:photos_real_x4", {"seed": 0, "out": tmp_path / "run", "progress": False}
+    task = formarium.task.task("image-restoration")
+    baseline = task.baseline(task.sample("photos_real_x4"))[1]
+    run = formarium.fit("real_hat_micro", data, until=540, **fit)
+    assert formarium.evaluate(run, data).metrics["psnr_y"] > baseline["psnr_y"] + 0.2
+    before = {n: p.clone() for n, p in run.model.named_parameters()}
+    with pytest.warns(UserWarning, match="without the perceptual loss"):
+        run = formarium.fit("real_hat_micro", data, resume=True, **fit)
+    assert changed(before, run.model) == {"restorer", "discriminator"}
+    rows = [r for r in run.history if "discriminator_loss.loss" in r]
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    told = [r["discriminator_loss.logit_real"] - r["discriminator_loss.logit_made"] for r in rows]
+    assert sum(told[-10:]) / 10 > told[0] and sum(r["discriminator_loss.loss"] for r in rows[-10:]) / 10 < 2 * math.log(2) - 0.02
+
+
 @pytest.mark.slow
 def test_it_beats_bicubic_on_photographs():
-    import formarium
-
     run = formarium.fit("hat_micro", "sample:photos_x2", progress=False)
     baseline = formarium.task.task("image-restoration").baseline(formarium.task.task("image-restoration").sample("photos_x2"))[1]
     assert formarium.evaluate(run, "sample:photos_x2").metrics["psnr_y"] > baseline["psnr_y"] + 0.5

@@ -7,6 +7,7 @@ from formarium.errors import BadInput, UnknownName
 from formarium.nn.resizing import bicubic, imresize
 from formarium.nn.tiling import reflect_to_multiple, tiled
 from formarium.task import task as task_of
+from formarium.tasks.image_restoration import real
 from formarium.tasks.image_restoration.degrade import Prepare, degrade, unit
 from formarium.tasks.image_restoration.metrics import compare, luma, psnr, ssim
 from formarium.tasks.image_restoration.model import Restored
@@ -85,6 +86,87 @@ def test_a_patch_and_its_target_are_turned_alike():
     assert len(seen) > 10
 
 
+# degradations of real photographs -----------------------------------------------------------------------------------
+
+
+def test_a_real_degradation_is_the_seeds_and_differs_from_draw_to_draw():
+    clean, how = unit(photograph(TRAIN["flower"])[:96, :128]), {"degradation": "real", "upscale": 4}
+    drawn = [degrade(clean, how, np.random.default_rng(seed)) for seed in (0, 0, 1, 2, 3)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert len({d.tobytes() for d in drawn}) == 4
+    for image in drawn:
+        assert image.shape == (24, 32, 3) and image.dtype == np.float32 and image.min() >= 0 and image.max() <= 1
+        np.testing.assert_allclose(image * 255, np.round(image * 255), atol=1e-4)
+    sharpness = [psnr((imresize(d, 96, 128).clip(0, 1) * 255).astype(np.uint8), (clean * 255).astype(np.uint8)) for d in drawn]
+    bicubic_only = degrade(clean, {**how, "degradation": "bicubic"}, RNG)
+    assert max(sharpness) < psnr((imresize(bicubic_only, 96, 128).clip(0, 1) * 255).astype(np.uint8), (clean * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (16, 40, 1), (4, 64, 3)])
+def test_a_real_degradation_takes_any_size_and_grey(shape):
+    for seed in range(12):
+        image = degrade(np.random.default_rng(seed).random(shape, dtype=np.float32), {"degradation": "real", "upscale": 4}, RNG)
+        assert image.shape == (shape[0] // 4, shape[1] // 4, shape[2]) and np.isfinite(image).all()
+
+
+def test_kernels_have_the_published_shapes_and_sizes():
+    rng = np.random.default_rng(0)
+    drawn = [real.random_kernel(real.FIRST.sigma, rng) for _ in range(2000)]
+    assert {len(k) for k in drawn} == {7, 9, 11, 13, 15, 17, 19, 21}
+    assert max(abs(k.sum() - 1) for k in drawn) < 1e-9
+    ringing = np.mean([k.min() < -1e-12 for k in drawn])  # sinc filters alone are negative anywhere
+    assert 0.07 < ringing < 0.12
+    even = np.mean([np.allclose(k, k.T) and np.allclose(k, k[::-1]) for k in drawn])  # round ones, and the sinc filters
+    assert even == pytest.approx(0.1 + 0.9 * (0.45 + 0.12 + 0.12), abs=0.03)
+
+
+def test_a_stretched_kernel_lies_along_its_angle():
+    kernel = real.blur_kernel("aniso", 21, 3.0, 0.8, np.pi / 6, 1.0)
+    y, x = np.mgrid[-10:11, -10:11]
+    moments = np.array([[(kernel * a * b).sum() for a in (x, y)] for b in (x, y)])
+    values, vectors = np.linalg.eigh(moments)
+    assert np.sqrt(values) == pytest.approx([0.8, 3.0], rel=0.05)
+    assert np.degrees(np.arctan2(*vectors[::-1, 1])) % 180 == pytest.approx(30, abs=1)
+
+
+def test_a_sinc_filter_lets_low_frequencies_pass_and_stops_high_ones():
+    spectrum = np.abs(np.fft.fft2(real.sinc_kernel(np.pi / 2, 21), (64, 64)))
+    assert abs(spectrum[0, 4] - 1) < 0.15 and spectrum[0, 28] < 0.15  # an eighth and seven eighths of the highest
+
+
+def test_noise_is_gaussian_or_poisson_in_colour_or_grey_in_its_range():
+    grey, strengths = [], []
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    for seed in range(200):
+        noise = real.noisy(flat, real.FIRST, np.random.default_rng(seed)) - flat
+        grey.append(bool((noise - noise[:, :1]).abs().max() < 1e-6))
+        strengths.append(noise.std().item() * 255)
+    assert np.mean(grey) == pytest.approx(0.4, abs=0.1)
+    assert min(strengths) > 0.5 and max(s for s in strengths if s < 31) > 25
+    shot = [real.shot_noise(torch.linspace(0, 1, 256).repeat(256, 1)[None, None] * v, np.random.default_rng(0)).std() for v in (0.25, 1.0)]
+    assert shot[1] != shot[0] and shot[1] == pytest.approx(np.sqrt(0.5 / 256), rel=0.05)
+
+
+def test_a_sharpened_source_changes_the_degraded_image_and_not_the_target():
+    clean = photograph(TRAIN["flower"])[:128, :128]
+    how = {"degradation": "real", "upscale": 4}
+    outs = []
+    for sharpen in (False, True):
+        prepare = Prepare(how, {"patch": 16, "flip": 0, "turn": False, "sharpen": sharpen})
+        outs.append(prepare({"target": clean, "id": "x"}, np.random.default_rng(3)))
+    np.testing.assert_array_equal(outs[0]["target"], outs[1]["target"])
+    assert np.abs(outs[0]["image"] - outs[1]["image"]).mean() > 1e-3
+
+
+def test_flips_may_be_allowed_one_way_only():
+    clean = photo(32, 32)
+    prepare = Prepare({"upscale": 2}, {"patch": 16, "flip": (0.0, 0.5), "turn": False})
+    pair = {"image": clean[::2, ::2], "target": clean, "id": "x"}
+    seen = {prepare(pair, np.random.default_rng(seed))["target"].tobytes() for seed in range(12)}
+    planes = unit(clean).transpose(2, 0, 1)
+    assert seen == {np.ascontiguousarray(planes).tobytes(), np.ascontiguousarray(planes[:, :, ::-1]).tobytes()}
+
+
 # tiles --------------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +200,7 @@ def test_clean_images_are_split_and_degraded_as_asked(tmp_path):
     out = TASK.transform({"upscale": 3})(data.splits["val"][0], RNG)
     assert out["image"].shape == (3, 16, 20) and out["target"].shape == (3, 48, 60)
     assert TASK.read(tmp_path).model_args == {} and TASK.read(tmp_path, degradation="noise").model_args == {"upscale": 1}
+    assert TASK.read(tmp_path, degradation="real").model_args == {"upscale": 4}
 
 
 def test_pairs_are_matched_by_name(tmp_path):

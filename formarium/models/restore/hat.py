@@ -6,6 +6,8 @@ that neighbouring windows exchange what they know:
 
     x = x + WMSA(LN x) + alpha * CAB(LN x),   x = x + MLP(LN x)                 (hybrid attention block, eq. 3)
     x = x + softmax(q k_o^T / sqrt(d) + B) v_o,  windows of k_o, v_o: (1 + gamma) M to a side, stride M   (OCAB, eq. 6)
+
+Real-HAT is the same network, trained on images degraded as real ones are, and after that with a discriminator and a perceptual loss.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from formarium.nn.nd_windows import WindowAttention, from_windows, to_windows
 from formarium.nn.ops.gelu import gelu
 from formarium.nn.resizing import bicubic
 from formarium.nn.tiling import reflect_to_multiple
-from formarium.tasks.image_restoration.model import ImageRestorer, check_scale
+from formarium.tasks.image_restoration.adversarial import AdversarialRestorer
 
 UPSAMPLERS = ("pixelshuffle", "residual", "none")
 DF2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of the training images
@@ -157,7 +159,7 @@ def residual_conv(c: HAT.Config) -> nn.Module:
     return nn.Conv2d(c.dim, c.dim, 3, padding=1) if c.residual_conv == "1conv" else nn.Identity()
 
 
-class HAT(ImageRestorer):
+class HAT(AdversarialRestorer):
     @dataclass(frozen=True)
     class Config:
         dim: int = 180
@@ -182,6 +184,14 @@ class HAT(ImageRestorer):
         embed_norm: bool = True
         drop_path: float = 0.1
         bicubic_skip: bool = False  # not in the paper: the bicubic enlargement is added, for small networks and short training
+        gan: bool = False  # Real-HAT: a discriminator, and a second stage of training with it
+        discriminator_dim: int = 64
+        sharpened: tuple[str, ...] = ()  # losses that see the clean image sharpened: "l1", "perceptual", "gan"
+        l1_weight: float = 1.0  # these three in the second stage
+        perceptual_weight: float = 1.0
+        gan_weight: float = 0.1
+        vgg19: str = ""  # file with torchvision's ImageNet weights, for the perceptual loss
+        gan_share: float = 2 / 7  # of the steps
 
     def __init__(self, config: Config):
         c = config
@@ -215,6 +225,7 @@ class HAT(ImageRestorer):
         if c.bicubic_skip:  # starts as bicubic, nearly
             nn.init.normal_(self.last.weight, std=1e-3)
             nn.init.zeros_(self.last.bias)
+        self.add_discriminator()
 
     mean: Tensor
 
@@ -248,12 +259,11 @@ class HAT(ImageRestorer):
         return self.norm(x).permute(0, 3, 1, 2)
 
     def loss(self, batch: Batch) -> Losses:
-        """L1 in RGB, as the paper trains it."""
+        """L1 in RGB, as the paper trains it. Real-HAT's second stage adds a perceptual and a GAN loss (AdversarialRestorer)."""
         if self.config.upsampler == "none":
             raise BadInput(
                 'upsampler "none"', expected="a network that learns", got="one that returns its input", fix='upsampler="residual"'
             )
-        check_scale(batch["image"], batch["target"], self.config.upscale)
         return super().loss(batch)
 
     def no_weight_decay(self) -> set[str]:

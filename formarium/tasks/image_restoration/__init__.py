@@ -1,7 +1,8 @@
 """Image restoration: degraded images in, clean ones out: super-resolution, denoising, removal of JPEG artefacts.
 
 Rivals share the batch that `model.py` documents. `data.py` reads folders of images or of pairs, `degrade.py` makes degraded images from
-clean ones, `sample.py` has the sample data, `metrics.py` the scores (BasicSR's conventions), `draw.py` the pictures.
+clean ones (`real.py` those that look like real ones), `adversarial.py` trains with a discriminator, `sample.py` has the sample data,
+`metrics.py` the scores (BasicSR's conventions), `draw.py` the pictures.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class ImageRestoration(Task):
     metric = "psnr_y"
     higher_is_better = True
     scored = ("target", "id", "upscale")
-    samples = ("photos_x2", "photos_x3", "photos_x4", "photos_noise25", "photos_jpeg10")
-    recipe_keys = ("patch", "flip", "turn")
+    samples = ("photos_x2", "photos_x3", "photos_x4", "photos_noise25", "photos_jpeg10", "photos_real_x4")
+    recipe_keys = ("patch", "flip", "turn", "sharpen")
     published_defaults: Mapping[str, Any] = {"patch": 64, "flip": 0.5, "turn": True}
     demo_defaults: Mapping[str, Any] = {"patch": 32, "flip": 0.5, "turn": True}
 

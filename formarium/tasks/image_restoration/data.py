@@ -21,6 +21,7 @@ from PIL import Image
 from formarium.errors import BadInput
 from formarium.task import Data, Sample, file_stem
 from formarium.tasks.image_classification import data as images
+from formarium.tasks.image_restoration.degrade import SHRINKING
 
 NAMES = {
     **dict.fromkeys(("hr", "gt", "target", "targets", "clean", "sharp", "original"), "target"),
@@ -128,7 +129,7 @@ def read(
     how = None
     if (scale is not None or degradation is not None) and not ratios:
         kind = degradation or "bicubic"
-        how = {"degradation": kind, "upscale": (scale or 4) if kind == "bicubic" else 1, "sigma": sigma, "quality": quality}
+        how = {"degradation": kind, "upscale": (scale or 4) if kind in SHRINKING else 1, "sigma": sigma, "quality": quality}
     upscale = ratios.pop() if ratios else how["upscale"] if how else None
     keep = sum(h * w for h, w in sizes.values()) <= keep_pixels
     datasets = {

@@ -3,22 +3,23 @@
 bicubic   shrunk `upscale` times as MATLAB's imresize does, rounded to 8 bits (classical super-resolution)
 noise     white Gaussian noise of standard deviation `sigma` (of 255), not clipped
 jpeg      compressed and read again at a `quality` of 1 to 95
+real      blurred, resized, noisy and compressed twice at random, `upscale` times smaller (`real.py`)
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from formarium.errors import BadInput, UnknownName
 from formarium.nn.resizing import imresize
 from formarium.task import Sample
+from formarium.tasks.image_restoration.real import degrade_real, jpeg, sharpened
 
-KINDS = ("bicubic", "noise", "jpeg")
+KINDS = ("bicubic", "noise", "jpeg", "real")
+SHRINKING = ("bicubic", "real")  # those for which `upscale` counts
 CONTEXT = 16  # degraded pixels around a training patch, so that its border is degraded as in the whole image
 
 
@@ -35,11 +36,9 @@ def degrade(clean: np.ndarray, how: Mapping[str, Any], rng: np.random.Generator)
     if kind == "noise":
         return (clean + rng.standard_normal(clean.shape, dtype=np.float32) * np.float32(how["sigma"] / 255)).astype(np.float32)
     if kind == "jpeg":
-        values = np.round(clean.clip(0, 1) * 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(buffer, "JPEG", quality=int(how["quality"]))
-        read = np.asarray(Image.open(buffer), dtype=np.float32) / 255
-        return read[..., None] if read.ndim == 2 else read
+        return jpeg(clean, int(how["quality"]))
+    if kind == "real":
+        return degrade_real(clean, how["upscale"], rng)
     raise UnknownName("degradation", str(kind), KINDS)
 
 
@@ -47,7 +46,8 @@ class Prepare:
     """A raw sample (image, target, or target alone) to what a batch holds.
 
     preprocessing: upscale, degradation and its strength (sigma, quality), channels (1 for grey). A sample with a `degrade` entry says
-    itself how. recipe, when training: patch (the degraded side, in pixels), flip (probability, each way), turn (by quarters, at random).
+    itself how. recipe, when training: patch (the degraded side, in pixels), flip (probability, each way, or one for upside down and one for
+    left to right), turn (by quarters, at random), sharpen ("real" images are made from the clean one sharpened; the target isn't).
     """
 
     def __init__(self, preprocessing: Mapping[str, Any], recipe: Mapping[str, Any] | None = None):
@@ -55,7 +55,8 @@ class Prepare:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         how = {**self.how, **sample.get("degrade", {})}
-        scale = how["upscale"] = how.get("upscale", 1) if how.get("degradation", "bicubic") == "bicubic" or "image" in sample else 1
+        shrinks = how.get("degradation", "bicubic") in SHRINKING
+        scale = how["upscale"] = how.get("upscale", 1) if shrinks or "image" in sample else 1
         if "target" not in sample:
             return {"image": self.planes(sample["image"]), "id": sample["id"], "upscale": scale}
         clean = sample["target"]
@@ -87,9 +88,10 @@ class Prepare:
         else:
             top, left = (max(0, a - CONTEXT) // 16 * 16 for a in (y, x))  # whole JPEG blocks
             around = clean[top * scale : (y + side + CONTEXT) * scale, left * scale : (x + side + CONTEXT) * scale]
-            image = degrade(unit(around), how, rng)[y - top : y - top + side, x - left : x - left + side]
+            source = sharpened(unit(around)) if recipe.get("sharpen") and how["degradation"] == "real" else unit(around)
+            image = degrade(source, how, rng)[y - top : y - top + side, x - left : x - left + side]
         clean = clean[y * scale : (y + side) * scale, x * scale : (x + side) * scale]
-        flips = rng.random(2) < recipe.get("flip", 0.5)
+        flips = rng.random(2) < np.asarray(recipe.get("flip", 0.5))
         turns = int(rng.integers(4)) if recipe.get("turn", True) else 0
         return tuple(_turned(a, flips, turns) for a in (image, clean))  # type: ignore[return-value]
 

@@ -27,6 +27,7 @@ HOW: dict[str, dict[str, Any]] = {
     **{f"photos_x{s}": {"degradation": "bicubic", "upscale": s} for s in (2, 3, 4)},
     "photos_noise25": {"degradation": "noise", "sigma": 25, "upscale": 1},
     "photos_jpeg10": {"degradation": "jpeg", "quality": 10, "upscale": 1},
+    "photos_real_x4": {"degradation": "real", "upscale": 4},
 }
 TILE = 144  # clean pixels to a side of a training or test tile; a multiple of every factor
 
@@ -34,9 +35,10 @@ TILE = 144  # clean pixels to a side of a training or test tile; a multiple of e
 @cache
 def sample(name: str, seed: int = 0) -> Data:
     """ "photos_x2", "photos_x3", "photos_x4": bicubic super-resolution. "photos_noise25": colour noise. "photos_jpeg10": JPEG artefacts.
+    "photos_real_x4": super-resolution of images degraded at random in many ways.
 
     Five photographs cut into tiles of 144x144 to train on, two others (a cat, a cup of coffee) to test on. Test tiles are degraded as part
-    of their photograph, once, by the seed; noise on training tiles is drawn anew each time.
+    of their photograph, once, by the seed (in photos_real_x4 each tile in its own way); noise on training tiles is drawn anew each time.
     """
     if name not in HOW:
         raise UnknownName("sample", name, HOW)
@@ -51,10 +53,13 @@ def sample(name: str, seed: int = 0) -> Data:
     for photo, file in VAL.items():
         clean = photograph(file)
         clean = clean[: clean.shape[0] // TILE * TILE, : clean.shape[1] // TILE * TILE]
-        small = degrade(unit(clean), how, rng)
-        side = TILE // how["upscale"]
-        pairs = zip(_tiles(clean, TILE), _tiles(small, side), strict=True)
-        val += [{"target": t, "image": i, "degrade": how, "id": f"{photo} {y},{x}"} for (y, x, t), (_, _, i) in pairs]
+        targets, side = _tiles(clean, TILE), TILE // how["upscale"]
+        if how["degradation"] == "real":
+            images = [degrade(unit(tile), how, rng) for _, _, tile in targets]
+        else:
+            images = [tile for _, _, tile in _tiles(degrade(unit(clean), how, rng), side)]
+        pairs = zip(targets, images, strict=True)
+        val += [{"target": t, "image": i, "degrade": how, "id": f"{photo} {y},{x}"} for (y, x, t), i in pairs]
     splits = {"train": Arrays(train), "val": Arrays(val)}
     return Data(name, "image-restoration", {**splits}, {"upscale": how["upscale"]}, [], [], {"sample": name, "seed": seed})
 
