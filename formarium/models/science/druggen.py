@@ -165,8 +165,10 @@ class DrugGEN(MoleculeGenerator):
         target: bool = True  # what the critic knows: the target's molecules, or (False) the generator's own input
         gradient_penalty: float = 10.0
         copying: float = 0.0  # share of the steps in which the generator first learns to give back its input; not in the paper
+        corrupted: float = 0.0  # share of the atoms that copying finds as another element and must restore; not in the paper
+        anchor: float = 0.0  # weight of copying's loss in the generator's turn; not in the paper
         soft: bool = False  # the critic sees probabilities of what was made, rather than logits as in the released code
-        gan_lr: tuple[float, float] = (0.0, 0.0)  # learning rates of critic and generator; 0: the recipe's, as in the paper
+        gan_lr: tuple[float, float] = (0.0, 0.0)  # of critic and generator, at first; 0: the recipe's, as in the paper
         part: str = "gan"  # or one network alone: "generator", "discriminator"
 
     def __init__(self, config: Config):
@@ -177,8 +179,9 @@ class DrugGEN(MoleculeGenerator):
                 raise BadInput(name, expected=" or ".join(known), got=repr(value))
         if c.dim % c.heads:
             raise BadInput("dim", expected=f"a multiple of the {c.heads} heads", got=str(c.dim))
-        if not 0 <= c.copying < 1:
-            raise BadInput("copying", expected="a share from 0 to below 1", got=str(c.copying))
+        for name in ("copying", "corrupted"):
+            if not 0 <= getattr(c, name) < 1:
+                raise BadInput(name, expected="a share from 0 to below 1", got=str(getattr(c, name)))
         if c.part != "discriminator":
             self.generator = Generator(c)
         if c.part != "generator":
@@ -197,7 +200,7 @@ class DrugGEN(MoleculeGenerator):
         """The critic's turn, then the generator's, on each batch; where `copying` asks for it, the generator copies first."""
         self._must_be_whole()
         share, rates = self.config.copying, self.config.gan_lr
-        slow = [{"lr": rate, "min_lr": rate} if rate else {} for rate in rates]
+        slow = [{"lr": rate} if rate else {} for rate in rates]
         turns = (Turn("critic_loss", ("discriminator.*",), recipe=slow[0]), Turn("generator_loss", ("generator.*",), recipe=slow[1]))
         first = (Stage("copying", (Turn("copying_loss", ("generator.*",)),), share=share),) if share else ()
         return (*first, Stage("adversarial", turns, share=1 - share))
@@ -225,17 +228,26 @@ class DrugGEN(MoleculeGenerator):
         return ((norm - 1) ** 2).mean()
 
     def generator_loss(self, batch: Batch) -> Losses:
-        """- mean D(made)"""
+        """- mean D(made) + anchor * copying"""
         self._must_be_whole()
         loss = -self.discriminator(*self.made(batch)).mean()
-        return Losses(loss, {"adversarial": loss})
+        if not self.config.anchor:
+            return Losses(loss, {"adversarial": loss})
+        copying = self.copying_loss(batch).total
+        return Losses(loss + self.config.anchor * copying, {"adversarial": loss, "copying": copying})
 
     def copying_loss(self, batch: Batch) -> Losses:
-        """Cross entropy of the input's own atoms and bonds."""
-        _, _, atoms, bonds = self.generator(*self.inputs_of(batch))
+        """Cross entropy of the molecule's own atoms and bonds, where some of its atoms come in as other elements."""
+        _, _, atoms, bonds = self.generator(*self.one_hot(batch["bonds"], self.corrupt(batch["atoms"])))
         of_atoms = F.cross_entropy(atoms.flatten(0, -2).float(), batch["atoms"].flatten())
         of_bonds = F.cross_entropy(bonds.flatten(0, -2).float(), batch["bonds"].flatten())
         return Losses(of_atoms + of_bonds, {"atoms": of_atoms, "bonds": of_bonds})
+
+    def corrupt(self, atoms: Tensor) -> Tensor:
+        """atoms: int64 [batch, n]. Each but padding is replaced with probability `corrupted`, by an element at random. What stands where
+        says so to an atom's neighbours, so that restoring it teaches what may stand there."""
+        hit = (torch.rand(atoms.shape, device=atoms.device) < self.config.corrupted) & (atoms > 0)
+        return torch.where(hit, torch.randint_like(atoms, 1, len(self.config.atoms)), atoms)
 
     def loss(self, batch: Batch) -> Losses:
         """Both turns' losses, added."""

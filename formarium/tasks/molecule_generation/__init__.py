@@ -1,7 +1,7 @@
 """Molecule generation: molecules in (SMILES, SDF), new ones out, in the direction of a target's ligands where there are some.
 
-Rivals share the batch that `model.py` documents. `chemistry.py` is RDKit's part, `data.py` reads molecules, `sample.py` puts some together,
-`metrics.py` has the scores, files and pictures; `task` below ties them together.
+Rivals share the batch that `model.py` documents. `chemistry.py` and `scores.py` are RDKit's part, `data.py` reads molecules, `sample.py`
+puts some together, `metrics.py` has the metrics, files and pictures; `task` below ties them together.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class MoleculeGeneration(Task):
     """The task object; see formarium.task.Task for what each method promises."""
 
     name = "molecule-generation"
-    metric = "valid_unique_novel"
+    metric = "on_target"
     higher_is_better = True
-    samples = ("fragments",)
-    scored = ("smiles", "target_smiles", "known", "id")
+    samples = ("fragments", "fluorides")
+    scored = ("smiles", "target_smiles", "targets", "motif", "known", "id")
 
     def from_memory(self, value: Any, index: int) -> Sample:
         if hasattr(value, "GetNumAtoms"):  # an RDKit molecule

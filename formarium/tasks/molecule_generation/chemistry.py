@@ -1,4 +1,4 @@
-"""Molecules and graphs, by RDKit: SMILES to atoms and bonds, atoms and bonds to molecules, fingerprints and scores."""
+"""Molecules and graphs, by RDKit: SMILES to atoms and bonds, atoms and bonds to molecules."""
 
 from __future__ import annotations
 
@@ -132,52 +132,3 @@ def repair(mol: Any) -> Any:
         for atom in mol.GetAtoms():
             atom.SetIsAromatic(False)
     return mol
-
-
-# scores -------------------------------------------------------------------------------------------------------------
-
-
-def fingerprints(smiles: Sequence[str]) -> list[Any]:
-    """Morgan fingerprints, radius 2, 1024 bits."""
-    from rdkit.Chem import rdFingerprintGenerator
-
-    make = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024)
-    return [make.GetFingerprint(parse(s)) for s in smiles]
-
-
-def similarities(a: Sequence[Any], b: Sequence[Any]) -> np.ndarray:
-    """Tanimoto similarities [len(a), len(b)] of fingerprints."""
-    from rdkit import DataStructs
-
-    return np.array([DataStructs.BulkTanimotoSimilarity(x, [*b]) for x in a]).reshape(len(a), len(b))
-
-
-def qed(smiles: str) -> float:
-    """Quantitative estimate of drug-likeness, 0 to 1."""
-    from rdkit.Chem import QED
-
-    return float(QED.qed(parse(smiles)))
-
-
-@cache
-def _sa() -> Any:
-    """The synthetic accessibility scorer that RDKit ships beside its package, None where it isn't."""
-    import importlib.util
-    from pathlib import Path
-
-    from rdkit.Chem import RDConfig
-
-    path = Path(RDConfig.RDContribDir) / "SA_Score" / "sascorer.py"
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("sascorer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def synthetic_accessibility(smiles: str) -> float:
-    """Ertl's score, 1 (easy) to 10; NaN where RDKit's contributed scorer isn't installed."""
-    scorer = _sa()
-    return float("nan") if scorer is None else float(scorer.calculateScore(parse(smiles)))

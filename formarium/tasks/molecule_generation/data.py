@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from formarium.errors import BadInput
-from formarium.task import Data, Sample
+from formarium.task import Data, Dataset, Sample
 from formarium.tasks.molecule_generation.chemistry import canonical, encode, parse, rdkit
+from formarium.tasks.molecule_generation.scores import pattern
 
 FORMATS = (".smi", ".smiles", ".txt", ".csv", ".sdf")
 ORDER = ("SINGLE", "DOUBLE", "TRIPLE", "AROMATIC")
@@ -31,31 +32,34 @@ class Known(tuple):
 
 
 NONE = Known()
+SHARED = ("known", "targets", "motif")  # what all samples of a split have in common
 
 
 @dataclass
 class Strings:
-    """Molecules in memory as SMILES, with the target's and the training set's beside them."""
+    """Molecules in memory as SMILES, with the target's, the training set's and the target's motif (SMARTS) beside them."""
 
     smiles: list[str]
     name: str
     targets: Known = NONE
     known: Known = NONE
+    motif: str = ""
 
     def __len__(self) -> int:
         return len(self.smiles)
 
     def __getitem__(self, index: int) -> Sample:
         own: Sample = {"id": f"{self.name} {index}", "smiles": self.smiles[index]}
-        return {**own, **({"targets": self.targets} if self.targets else {}), **({"known": self.known} if self.known else {})}
+        return own | {k: v for k in ("targets", "known", "motif") if (v := getattr(self, k))}
 
 
 def read(
-    path: str | Path, *, target: str | Path | None = None, max_atoms: int = 45, kekulize: bool = False, strict: bool = False,
-    holdout: float = 0.2, seed: int = 0,
+    path: str | Path, *, target: str | Path | None = None, motif: str = "", max_atoms: int = 45, kekulize: bool = False,
+    strict: bool = False, holdout: float = 0.2, seed: int = 0,
 ) -> Data:  # fmt: skip
-    """The molecules of a folder or file of the formats above. Those that RDKit refuses or with more than max_atoms heavy atoms are left
-    out and named in `notes` (with `strict`: BadInput). kekulize: alternate double bonds in place of aromatic ones."""
+    """The molecules of a folder or file of the formats above. Those that RDKit refuses, with more than max_atoms heavy atoms, or with an
+    atom that is bonded to none (salts) are left out and named in `notes` (with `strict`: BadInput). motif: SMARTS of what the target's
+    molecules have in common, for scores alone. kekulize: alternate double bonds in place of aromatic ones."""
     root = Path(path)
     if not root.exists():
         raise BadInput(str(path), expected="a file or folder of molecules", got="no such path")
@@ -74,15 +78,17 @@ def read(
         raise BadInput(str(path), expected="at least two usable molecules", got="; ".join(notes) or str(len(source)))
     if others and not targets:
         raise BadInput(str(others[0]), expected="usable molecules of the target", got="; ".join(notes) or "none")
-    given = {"path": str(root), **({"target": str(target)} if target is not None else {})}
-    return as_data(root.stem, source, targets, given, notes=notes, kekulize=kekulize, holdout=holdout, seed=seed)
+    given = {"path": str(root), **({"target": str(target)} if target is not None else {}), **({"motif": motif} if motif else {})}
+    return as_data(root.stem, source, targets, given, motif=motif, notes=notes, kekulize=kekulize, holdout=holdout, seed=seed)
 
 
 def as_data(
-    name: str, source: Sequence[str], targets: Sequence[str], given: dict[str, Any], *, notes: Sequence[str] = (), kekulize: bool = False,
-    holdout: float = 0.2, seed: int = 0,
+    name: str, source: Sequence[str], targets: Sequence[str], given: dict[str, Any], *, motif: str = "", notes: Sequence[str] = (),
+    kekulize: bool = False, holdout: float = 0.2, seed: int = 0,
 ) -> Data:  # fmt: skip
-    """Data from two sets of SMILES; the lists of elements and bonds are what both hold."""
+    """Data from two sets of SMILES; the lists of elements and bonds are what both hold. Raises BadInput for a motif that is no SMARTS."""
+    if motif:
+        pattern(motif)
     chem, numbers, kinds, largest = rdkit(), {0}, set(), 1
     for smiles in (*source, *targets):
         mol = parse(smiles)
@@ -96,7 +102,8 @@ def as_data(
     held = max(1, round(holdout * len(source)))
     train = [source[i] for i in sorted(order[held:])]
     drawn, known = Known(targets), Known(sorted({*train, *targets}))
-    splits = {"train": Strings(train, "train", drawn), "val": Strings([source[i] for i in sorted(order[:held])], "val", drawn, known)}
+    val = Strings([source[i] for i in sorted(order[:held])], "val", drawn, known, motif)
+    splits: dict[str, Dataset] = {"train": Strings(train, "train", drawn, motif=motif), "val": val}
     args = {"atoms": tuple(sorted(numbers)), "bonds": bonds, "max_atoms": largest}
     return Data(name, "molecule-generation", splits, args, [], [*notes], given)
 
@@ -120,15 +127,20 @@ def read_file(path: Path) -> list[str]:
 
 def _usable(smiles: Sequence[str], max_atoms: int, strict: bool, notes: list[str]) -> list[str]:
     """RDKit's own writing of those that can be used, each once."""
-    good, refused, large = [], [], []
+    good: list[str] = []
+    refused: list[str] = []
+    large: list[str] = []
+    loose: list[str] = []
     for s in smiles:
         try:
             mol = parse(s)
         except BadInput:
             refused.append(s)
             continue
-        (good if mol.GetNumAtoms() <= max_atoms else large).append(s)
-    for what, which in (("that RDKit refuses", refused), (f"with more than {max_atoms} heavy atoms", large)):
+        alone = any(not atom.GetDegree() for atom in mol.GetAtoms())
+        (large if mol.GetNumAtoms() > max_atoms else loose if alone else good).append(s)
+    reasons = {"that RDKit refuses": refused, f"with more than {max_atoms} heavy atoms": large, "with an atom bonded to none": loose}
+    for what, which in reasons.items():
         if which and strict:
             raise BadInput(f"{len(which)} molecules", expected="molecules that can be used", got=f"some {what}: {', '.join(which[:3])}")
         if which:
@@ -175,7 +187,7 @@ class Prepare:
         if sample.get("targets"):
             out["target_smiles"] = sample["targets"][int(rng.integers(len(sample["targets"])))]
             out["target_atoms"], out["target_bonds"] = self.graph(out["target_smiles"])
-        return out | ({"known": sample["known"]} if "known" in sample else {})
+        return out | {k: sample[k] for k in SHARED if k in sample}
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -189,4 +201,4 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     for key in ("smiles", "target_smiles"):
         if key in samples[0]:
             batch[key] = [s[key] for s in samples]
-    return batch | ({"known": samples[0]["known"]} if "known" in samples[0] else {})
+    return batch | {k: samples[0][k] for k in SHARED if k in samples[0]}

@@ -6,7 +6,8 @@ A batch holds molecules of up to n heavy atoms
     smiles         list[str], the same molecules as RDKit writes them
 and where there is a target set (in training and evaluation)
     target_atoms, target_bonds, target_smiles   a molecule of it for each of the batch, drawn at random
-    known          all training molecules' SMILES (a `Known`), for novelty
+    targets        all of its SMILES (a `Known`), and where the data name one `motif`, SMARTS of what they have in common
+    known          all training molecules' SMILES and the target's, for novelty (in evaluation)
 """
 
 from __future__ import annotations
