@@ -9,7 +9,9 @@ from torch import Tensor
 
 from formarium.authors import Authors, State
 from formarium.model import Model
+from formarium.nn.query_head import QueryHead
 
+HEAD = "dense_head."
 PREFIX = "backbone_3d."  # of the backbone in a whole detector's checkpoint; a record of the backbone alone goes without
 
 
@@ -38,6 +40,19 @@ def call(model: Any, inputs: Mapping[str, Tensor], header: dict[str, Any]) -> di
     at = inputs["voxel_coords"].long()
     features, coordinates = model.backbone(inputs["voxel_features"], at, int(at[:, 0].max()) + 1)
     return {"voxel_features": features, "pillar_features": features, "voxel_coords": coordinates}
+
+
+def query_head(header: dict[str, Any], inputs: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+    """TransFusion's head alone, on a map [b, c, h, w]."""
+    c = header["reference"]["constructor"]
+    theirs = c["model_cfg"]
+    head = QueryHead(
+        c["input_channels"], c["num_class"], theirs["NUM_PROPOSALS"], theirs["HIDDEN_CHANNEL"], theirs["NUM_HEADS"],
+        theirs["FFN_CHANNEL"], peak=theirs["NMS_KERNEL_SIZE"], point_classes=(8, 9),
+    ).eval()  # fmt: skip
+    counters = {k: v for k, v in head.state_dict().items() if k.endswith("num_batches_tracked")}
+    head.load_state_dict({**counters, **{authors.rename(HEAD + k).removeprefix("head."): v for k, v in state.items()}})
+    return dict(head(inputs["features"])._asdict())
 
 
 class DSVTAuthors(Authors):
@@ -73,6 +88,32 @@ _HEADS = [
     ("iou", "iou"),
     ("vel", "speed"),
 ]
+_QUERY_HEAD = [
+    ("heatmap_head.0.conv", "heatmap.0"),
+    ("heatmap_head.0.bn", "heatmap.1"),
+    ("heatmap_head.1", "heatmap.3"),
+    ("class_encoding", "class_embedding"),
+    ("decoder.self_attn.in_proj_weight", "decoder.own.qkv.weight"),
+    ("decoder.self_attn.in_proj_bias", "decoder.own.qkv.bias"),
+    ("decoder.self_attn.out_proj", "decoder.own.out"),
+    ("decoder.multihead_attn.in_proj_weight", "decoder.cross.qkv.weight"),
+    ("decoder.multihead_attn.in_proj_bias", "decoder.cross.qkv.bias"),
+    ("decoder.multihead_attn.out_proj", "decoder.cross.out"),
+    ("decoder.linear1", "decoder.up"),
+    ("decoder.linear2", "decoder.down"),
+    ("decoder.norm{i}", "decoder.norm{i}"),
+    ("decoder.self_posembed.position_embedding_head", "decoder.query_position.net"),
+    ("decoder.cross_posembed.position_embedding_head", "decoder.key_position.net"),
+]
+_BRANCHES = [
+    ("center", "center"),
+    ("height", "height"),
+    ("dim", "size"),
+    ("rot", "turn"),
+    ("vel", "speed"),
+    ("iou", "iou"),
+    ("heatmap", "heatmap"),
+]
 
 authors = DSVTAuthors(
     names=[
@@ -91,9 +132,14 @@ authors = DSVTAuthors(
         ("backbone_2d.blocks.{i}.{j}.downsample_layer", "bev.blocks.{i}.{j}.shortcut"),
         ("backbone_2d", "bev"),
         ("dense_head.shared_conv", "head.shared"),
+        *(("dense_head." + a, "head." + b) for a, b in _QUERY_HEAD),
+        *((f"dense_head.prediction_head.{a}.0.0", f"head.branches.{b}.0") for a, b in _BRANCHES),
+        *((f"dense_head.prediction_head.{a}.0.1", f"head.branches.{b}.1") for a, b in _BRANCHES),
+        *((f"dense_head.prediction_head.{a}.1", f"head.branches.{b}.3") for a, b in _BRANCHES),
         *(("dense_head.heads_list.{i}." + a, "head.heads.{i}." + b) for a, b in _HEADS),
     ],
     config=config,
     call=call,
     ignore=["global_step"],
+    parts={"dsvt_query_head*": query_head},
 )

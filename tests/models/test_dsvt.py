@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,10 @@ RECORDS = sorted((Path(__file__).parent.parent / "parity" / "dsvt").glob("*.safe
 def test_the_reference_computes_the_same(path):
     outcome = replay(path)
     assert outcome.ok, outcome.why
-    assert outcome.parameters == outcome.expected_parameters
+    if path.stem == "dsvt_query_head":  # a part, replayed with its weights loaded strictly
+        assert outcome.parameters is None and outcome.expected_parameters == 896415
+    else:
+        assert outcome.parameters == outcome.expected_parameters
 
 
 def voxels(count: int, side: int = 48, depth: int = 1, seed: int = 0) -> torch.Tensor:
@@ -139,7 +143,9 @@ def test_backbone_until_it_is_given_classes():
         assert create("dsvt_voxel").parameters_count == 3133824
         assert create("dsvt_pillar", num_classes=3).parameters_count > 8_000_000
         nuscenes = create("dsvt_pillar_nuscenes", num_classes=10)
-    assert len(nuscenes.head.heads) == 6 and nuscenes.map_stride == 2
+        frames = create("dsvt_pillar_4f", num_classes=3)
+    assert sum(p.numel() for p in nuscenes.head.parameters()) == 896415 and nuscenes.map_stride == 2
+    assert frames.vfe.layers[0].linear.in_features == 6 + 6
     backbone = create("dsvt_pillar", dims=(16,), hidden=(16,), heads=(2,), depths=(1,)).eval()
     features, at = backbone(*backbone.example(2, points=50))
     assert features.shape == (100, 16) and at.shape == (100, 4)
@@ -166,13 +172,13 @@ def test_a_perfect_head_gives_the_true_boxes_back():
     from formarium.nn.center_head import Centers, center_targets
 
     origin, cell = model.frame(torch.device("cpu"))
-    target = center_targets(batch["boxes"], batch["label"], (0, 1), (32, 32), origin, cell, 0.1, 1)
-    maps = torch.zeros(2, 8, 32 * 32)
+    target = center_targets(batch["boxes"], batch["label"], (0, 1), (64, 64), origin, cell, 0.1, 1)
+    maps = torch.zeros(2, 8, 64 * 64)
     maps.scatter_(2, target.cell[:, None].expand(-1, 8, -1), torch.where(target.valid[..., None], target.values, 0.0).transpose(1, 2))
-    maps = maps.view(2, 8, 32, 32)
+    maps = maps.view(2, 8, 64, 64)
     # a heatmap of 1 at centres only, and an IoU branch that is sure
     heat = torch.where(target.heatmap == 1, 12.0, -12.0)
-    out = Centers(heat, maps[:, :2], maps[:, 2:3], maps[:, 3:6], maps[:, 6:8], torch.ones(2, 1, 32, 32), None)
+    out = Centers(heat, maps[:, :2], maps[:, 2:3], maps[:, 3:6], maps[:, 6:8], torch.ones(2, 1, 64, 64), None)
     model.forward_batch = lambda batch: [out]
     found = model.predict(batch)
     for i in range(2):
@@ -184,6 +190,112 @@ def test_a_perfect_head_gives_the_true_boxes_back():
         assert 1 <= len(found.boxes[i]) <= 3
     losses = model.loss(batch)
     assert losses.terms["regression"] < 1e-4 and losses.terms["diou"] < 1e-4 and losses.terms["heatmap"] < 0.1
+
+
+def test_boxes_off_the_map_are_no_targets():
+    model = create("dsvt_micro")
+    batch = model.example_batch(2)
+    torch.manual_seed(0)
+    plain = model.loss(batch)
+    outside = {**batch, "boxes": batch["boxes"].clone(), "label": batch["label"].clone()}
+    outside["boxes"][:, 3] = torch.tensor([40.0, 0.0, -1.0, 4.0, 2.0, 1.5, 0.0])
+    outside["label"][:, 3] = 0
+    assert torch.equal(model.loss(outside).total, plain.total)
+    outside["boxes"][:, 3, 0] = 8.0
+    assert not torch.equal(model.loss(outside).total, plain.total)
+
+
+QUERIES = {"queries": 20, "query_radius": 4, "query_heads": 4, "query_hidden": 32, "point_classes": (1,), "velocity": True}
+
+
+def test_perfect_queries_give_the_true_boxes_back():
+    from formarium.nn.query_head import Queries, query_values
+
+    model = create("dsvt_micro", **QUERIES, nms_thresholds=(1.0, 0.2), iou_rectifier=(0.5,), num_classes=2).eval()
+    batch = model.example_batch(2)
+    origin, cell = model.frame(torch.device("cpu"))
+    label = batch["label"].clamp_min(0)
+    values = query_values(torch.cat([batch["boxes"], torch.ones(2, 4, 2)], -1), origin, cell)
+    logits = torch.full((2, 4, 2), -12.0)
+    logits.scatter_(2, label[..., None], torch.where(batch["label"] >= 0, 12.0, -12.0)[..., None])
+    prior = (batch["label"] >= 0).float()  # what was no proposal has no score
+    model.forward_batch = lambda batch: Queries(torch.full((2, 2, 64, 64), -12.0), label, prior, logits, values, torch.ones(2, 4))
+    found = model.predict(batch)
+    for i in range(2):
+        real = batch["label"][i] >= 0
+        assert len(found.boxes[i]) == real.sum() and found.boxes[i].shape[1] == 9
+        for box, which in zip(found.boxes[i], found.labels[i], strict=True):
+            near = (batch["boxes"][i][real] - box[:7]).abs().sum(1).argmin()
+            torch.testing.assert_close(batch["boxes"][i][real][near], box[:7], atol=1e-4, rtol=1e-4)
+            assert which == batch["label"][i][real][near]
+    losses = model.loss(batch)
+    assert [*losses.terms] == ["heatmap", "label", "regression", "iou"]
+    assert losses.terms["regression"] < 1e-4 and losses.terms["label"] < 1e-3
+
+
+def test_pedestrians_are_suppressed_and_cars_are_not():
+    from formarium.nn.query_head import Queries, query_values
+
+    model = create("dsvt_micro", **QUERIES, nms_thresholds=(1.0, 0.175), num_classes=2).eval()
+    box = torch.tensor([3.0, 3.0, -1.0, 1.0, 1.0, 1.5, 0.0, 0.0, 0.0])
+    boxes = torch.stack([box, box + torch.tensor([0.1] + [0.0] * 8)] * 2)[None]
+    label = torch.tensor([[0, 0, 1, 1]])
+    origin, cell = model.frame(torch.device("cpu"))
+    logits = torch.full((1, 4, 2), 2.0) - torch.arange(4)[None, :, None] * 0.1
+    out = Queries(torch.zeros(1, 2, 64, 64), label, torch.ones(1, 4), logits, query_values(boxes, origin, cell), torch.ones(1, 4))
+    model.forward_batch = lambda batch: out
+    found = model.predict({"points": torch.zeros(1, 1, 4), "count": torch.ones(1)})
+    assert found.labels[0].tolist() == [0, 0, 1]
+
+
+def test_a_detectors_weights_have_the_released_names():
+    from formarium.authors import authors_of
+
+    model = create("dsvt_micro", **QUERIES)
+    theirs = authors_of("dsvt").export_state(model)
+    for name, shape in {
+        "dense_head.decoder.self_attn.in_proj_weight": (72, 24),
+        "dense_head.decoder.cross_posembed.position_embedding_head.0.weight": (24, 2, 1),
+        "dense_head.heatmap_head.0.conv.weight": (24, 24, 3, 3),
+        "dense_head.heatmap_head.1.bias": (2,),
+        "dense_head.class_encoding.weight": (24, 2, 1),
+        "dense_head.prediction_head.vel.0.1.running_var": (64,),
+        "dense_head.prediction_head.heatmap.1.weight": (2, 64, 1),
+        "dense_head.shared_conv.weight": (24, 48, 3, 3),
+    }.items():
+        assert tuple(theirs[name].shape) == shape
+    assert set(authors_of("dsvt").import_state(theirs, model)) == set(model.state_dict())
+
+
+def test_a_model_of_several_frames_wants_them():
+    from formarium.task import task
+
+    data = task("lidar-detection").sample("street")
+    with pytest.raises(BadInput, match=r"clouds of 4 sweeps, got street, read with frames=1"):
+        create("dsvt_micro", frames=4).study(data)
+    moving = task("lidar-detection").sample("moving-street")
+    model = create("dsvt_micro", bev_strides=(2, 2), **moving.model_args)
+    model.study(moving)
+    prepare, rng = task("lidar-detection").transform({}), np.random.default_rng(0)
+    batch = task("lidar-detection").collate([prepare(moving.splits["train"][0], rng)])
+    plain = model.loss(batch).total
+    batch["points"] = batch["points"] * torch.tensor([1.0, 1, 1, 1, 0])
+    assert torch.isfinite(plain) and not torch.equal(model.loss(batch).total, plain)  # the age is seen
+
+
+def test_fit_pastes_until_the_recipe_says_to_stop():
+    from formarium import fit
+    from formarium.task import Data
+    from formarium.tasks.lidar_detection.sample import Street
+
+    street = Data("street", "lidar-detection", {"train": Street(0, 0, 4), "val": Street(0, 160, 1)}, {}, ("car", "pedestrian"))
+    model, seen = create("dsvt_micro", bev_strides=(2, 2)), []
+    loss = model.loss
+    model.loss = lambda batch: (seen.append(int((batch["label"] >= 0).sum())), loss(batch))[1]
+    recipe = {"epochs": 2, "batch_size": 2, "paste": 12, "paste_points": 1, "unpasted_epochs": 1}
+    fit(model, street, recipe=recipe, precision="float32", validations=1, progress=False)
+    own = sum(len(street.splits["train"][i]["label"]) for i in range(4))
+    assert seen[2] + seen[3] == own < seen[0] + seen[1]
 
 
 def test_points_that_cannot_be_used_are_refused():
@@ -201,17 +313,16 @@ def test_points_that_cannot_be_used_are_refused():
         create("dsvt_micro", space=(60, 64, 4))
 
 
-def test_it_learns():
+@pytest.mark.parametrize("head", [{}, QUERIES], ids=["centres", "queries"])
+def test_it_learns(head):
     from formarium.task import task
 
     t = task("lidar-detection")
     data = t.sample("street")
-    import numpy as np
-
     prepare, rng = t.transform({}), np.random.default_rng(0)
-    batch = t.collate([prepare(data.splits["train"][i], rng) for i in range(2)])
+    batch = t.collate([prepare(data.splits["train"][i], rng) for i in range(1)])
     torch.manual_seed(0)
-    model = create("dsvt_micro").train()
+    model = create("dsvt_micro", bev_strides=(2, 2), **head).train()
     optimiser = torch.optim.AdamW(model.parameters(), 5e-3)
     seen = []
     for _ in range(25):

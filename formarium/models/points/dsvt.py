@@ -22,8 +22,10 @@ from formarium.features import Tap
 from formarium.model import check_tensor
 from formarium.nn.bev import ResidualBEV
 from formarium.nn.center_head import CenterHead, Centers
+from formarium.nn.query_head import Queries, QueryHead
+from formarium.nn.voxel_pool import Pool, pooled_space
 from formarium.nn.voxels import DynamicVFE, grid_size, scatter_to_bev
-from formarium.tasks.lidar_detection.model import CenterDetector
+from formarium.tasks.lidar_detection.queries import QueryDetector
 
 Shape = tuple[int, int, int]  # along x, y, z
 
@@ -172,63 +174,6 @@ class PositionEmbedding(nn.Module):
         return x / size * 2 * 3.1415 if self.normalise else x  # the weights are used to this pi
 
 
-# pooling ------------------------------------------------------------------------------------------------------------
-
-
-class Pool(nn.Module):
-    """Voxels of a cell of (x, y, z) `stride` become one (section 3.4). They stand in the cell's slots, zeros where it is empty.
-
-    "attention": the maximum over all slots asks, slots with a learned embedding answer; "maxpool": that maximum alone; "linear":
-    Linear-LN of the slots side by side.
-    """
-
-    def __init__(self, dim: int, out_dim: int, stride: Shape, kind: str, heads: int = 8):
-        super().__init__()
-        self.stride, self.kind, self.heads = stride, kind, heads
-        volume = math.prod(stride)
-        if kind == "linear":
-            self.linear = nn.Linear(volume * dim, out_dim, bias=False)
-            self.norm = nn.LayerNorm(out_dim)
-        elif kind == "attention":
-            self.slots = nn.Parameter(torch.empty(volume, dim))
-            self.qkv = nn.Linear(dim, 3 * dim)
-            self.out = nn.Linear(dim, dim)
-            self.norm = nn.LayerNorm(dim)
-            nn.init.zeros_(self.qkv.bias)
-            nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: Tensor, coordinates: Tensor, space: Shape) -> tuple[Tensor, Tensor]:
-        """x [n, dim] at int64 [n, 4] (sample, z, y, x) to [cells, out_dim] at [cells, 4], sorted by (sample, x, y, z)."""
-        (sx, sy, sz), (nx, ny, nz) = self.stride, pooled_space(space, self.stride)
-        sample, z, y, x_ = coordinates.unbind(1)
-        key = ((sample * nx + x_ // sx) * ny + y // sy) * nz + z // sz
-        key, cell = torch.unique(key, return_inverse=True)
-        slot = (x_ % sx * sy + y % sy) * sz + z % sz
-        volume = sx * sy * sz
-        dense = x.new_zeros(len(key) * volume, x.shape[1]).index_copy(0, cell * volume + slot, x).unflatten(0, (-1, volume))
-        pooled = torch.stack([key // (nx * ny * nz), key % nz, key // nz % ny, key // (ny * nz) % nx], 1)
-        return self.reduce(dense), pooled
-
-    def reduce(self, dense: Tensor) -> Tensor:
-        """[cells, slots, dim] to [cells, out_dim]."""
-        if self.kind == "linear":
-            return self.norm(self.linear(dense.flatten(1)))
-        most = dense.amax(1)
-        if self.kind == "maxpool":
-            return most
-        wq, wk, wv = self.qkv.weight.chunk(3)
-        bq, bk, bv = self.qkv.bias.chunk(3)
-        q, k, v = (
-            t.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for t in (F.linear(most[:, None], wq, bq), F.linear(dense + self.slots, wk, bk), F.linear(dense, wv, bv))
-        )
-        return self.norm(self.out(F.scaled_dot_product_attention(q, k, v).flatten(1)) + most)
-
-
-def pooled_space(space: Shape, stride: Shape) -> Shape:
-    return tuple(math.ceil(n / s) for n, s in zip(space, stride, strict=True))  # type: ignore[return-value]
-
-
 # the backbone -------------------------------------------------------------------------------------------------------
 
 
@@ -292,8 +237,9 @@ class Backbone(nn.Module):
         return x, coordinates
 
 
-class DSVT(CenterDetector):
-    """Points to voxels, the transformer over them, a convolutional network over the map seen from above, and a centre head.
+class DSVT(QueryDetector):
+    """Points to voxels, the transformer over them, a convolutional network over the map seen from above, and a centre head or, with
+    `queries`, TransFusion's.
 
     With num_classes = 0 it is the backbone alone, which takes voxels instead of points.
     """
@@ -301,7 +247,8 @@ class DSVT(CenterDetector):
     @dataclass(frozen=True)
     class Config:
         num_classes: int = 3  # 0: the backbone alone
-        point_features: int = 5  # x, y, z, then what the sensor adds (intensity, elongation or time)
+        point_features: int = 5  # x, y, z, then what the sensor adds (intensity, elongation), and the age where there are several frames
+        frames: int = 1  # sweeps that a cloud is made of
         point_range: tuple[float, ...] = (-74.88, -74.88, -2.0, 74.88, 74.88, 4.0)  # metres: x0, y0, z0, x1, y1, z1
         voxel_size: tuple[float, ...] = (0.32, 0.32, 6.0)  # metres
         vfe_widths: tuple[int, ...] = (192, 192)
@@ -337,7 +284,15 @@ class DSVT(CenterDetector):
         max_objects: int = 500
         score_threshold: float = 0.1
         iou_rectifier: tuple[float, ...] = (0.68, 0.71, 0.65)  # per class (the last for any further): score^(1-r) * iou^r
-        nms_thresholds: tuple[float, ...] = (0.7, 0.6, 0.55)  # per class (the last for any further), BEV IoU
+        nms_thresholds: tuple[float, ...] = (0.7, 0.6, 0.55)  # per class (the last for any further), BEV IoU; 1 for none
+        queries: int = 0  # of the query head; 0: a centre head
+        query_heads: int = 8
+        query_hidden: int = 256
+        query_radius: int = 20  # cells around a query that it looks at
+        wrapped_keys: bool = True  # cells past a row's end are the next row's, which released weights were trained with
+        point_classes: tuple[int, ...] = ()  # classes whose every cell may propose a query
+        match_weights: tuple[float, ...] = (0.15, 0.25, 0.25)  # of class, centre and overlap, when boxes are assigned to queries
+        query_weights: tuple[float, ...] = (1.0, 1.0, 0.25, 0.5)  # of the terms: heatmap, label, regression, iou
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -351,14 +306,23 @@ class DSVT(CenterDetector):
             wide = c.dims[-1] * self.backbone.spaces[-1][2]
             self.bev = ResidualBEV(wide, c.bev_layers, c.bev_strides, c.bev_channels, c.bev_up_strides, c.bev_up_channels)
             self.features = Tap("map")
-            self.head = CenterHead(self.bev.out_channels, c.head_channels, [len(g) for g in self.groups], c.iou_branch, c.velocity)
+            self.head = self._head(c)
+
+    def _head(self, c: DSVT.Config) -> CenterHead | QueryHead:
+        if not c.queries:
+            return CenterHead(self.bev.out_channels, c.head_channels, [len(g) for g in self.groups], c.iou_branch, c.velocity)
+        return QueryHead(
+            self.bev.out_channels, c.num_classes, c.queries, c.head_channels, c.query_heads, c.query_hidden, c.query_radius,
+            c.wrapped_keys, point_classes=c.point_classes, speed=c.velocity,
+        )  # fmt: skip
 
     @property
     def map_stride(self) -> float:
         return self.config.bev_strides[0] / self.config.bev_up_strides[0]
 
     def forward(self, *inputs: Tensor) -> Any:
-        """points float [b, n, features] and count int64 [b], how many of the n are points, to one Centers a head, maps [b, c, h, w].
+        """points float [b, n, features] and count int64 [b], how many of the n are points, to one Centers a head, maps [b, c, h, w], or to
+        Queries.
 
         The backbone alone takes features float [b, n, dims[0]], coordinates int64 [b, n, 3] (z, y, x) and count, and gives the last
         stage's voxels of all samples: features [m, dims[-1]] and coordinates [m, 4] (sample, z, y, x).
@@ -370,7 +334,7 @@ class DSVT(CenterDetector):
         at = torch.cat([sample[:, None], coordinates[sample, row]], 1)
         return self.backbone(features[sample, row], at, len(count))
 
-    def detect(self, points: Tensor, count: Tensor) -> list[Centers]:
+    def detect(self, points: Tensor, count: Tensor) -> list[Centers] | Queries:
         batch = points.shape[0]
         sample, row = _rows(count, points.shape[1])
         x, at = self.vfe(points[sample, row], sample)

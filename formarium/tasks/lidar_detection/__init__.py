@@ -1,6 +1,7 @@
 """Lidar detection: sweeps of points in, rotated boxes out.
 
-Rivals share the batch that `model.py` documents. `clouds.py` reads files of points, `data.py` folders with labels, `sample.py` generates
+Rivals share the batch that `model.py` documents (`queries.py`: of detectors that predict a set). `clouds.py` reads files of points,
+`data.py` folders with labels, `frames.py` makes several sweeps one cloud, `paste.py` lets objects join other sweeps, `sample.py` generates
 streets, `metrics.py` has the scores, `draw.py` the pictures; `task` below ties them together.
 """
 
@@ -24,8 +25,10 @@ class LidarDetection(Task):
     name = "lidar-detection"
     metric = "bev_ap"
     higher_is_better = True
-    samples = ("street",)
-    recipe_keys = ("flip", "rotation", "scaling", "translation")
+    samples = ("street", "moving-street")
+    recipe_keys = (
+        "flip", "rotation", "scaling", "translation", "min_points", "paste", "paste_points", "unpasted_epochs", "plain_epochs",
+    )  # fmt: skip
     scored = ("boxes", "label", "id")
 
     def from_memory(self, value: Any, index: int) -> Sample:
@@ -36,6 +39,9 @@ class LidarDetection(Task):
 
     def transform(self, preprocessing: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> Transform:
         return self.part("data").Prepare(recipe)
+
+    def training_transform(self, preprocessing: Mapping[str, Any], recipe: Mapping[str, Any], data: Data, epochs: float) -> Transform:
+        return self.part("data").prepare_training(recipe, data, epochs)
 
     def write(self, prediction: Any, batch: Mapping[str, Any], folder: Path, names: Sequence[str] = ()) -> list[Path]:
         return self.part("metrics").write(prediction, batch, folder, names)

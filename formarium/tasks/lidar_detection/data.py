@@ -23,6 +23,8 @@ import torch
 from formarium.errors import BadInput
 from formarium.task import Data, Sample
 from formarium.tasks.lidar_detection.clouds import FORMATS, from_array, read_cloud
+from formarium.tasks.lidar_detection.frames import Past, join_frames, pasts
+from formarium.tasks.lidar_detection.paste import Objects, by_class, collect, inside, paste
 
 CLOUDS = tuple(f for f in FORMATS if f not in (".txt", ".xyz", ".npz"))
 _POINTS = ("velodyne", "points", "lidar", "samples", "sweeps")
@@ -33,35 +35,48 @@ _IGNORED = {"DontCare", "Misc"}  # KITTI's names for regions and things that don
 
 @dataclass
 class Sweeps:
-    """Files of points by index, with boxes [m, 7 or 9] and names where labels were read. Points are read when asked for."""
+    """Files of points by index, with boxes [m, 7 or 9] and names where labels were read. Points are read when asked for, with those of
+    earlier sweeps and their age where there is a `past`."""
 
     root: str
     paths: list[str]
     features: int
     boxes: list[np.ndarray] | None = None
     labels: list[np.ndarray] | None = None
+    past: list[Past] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         path = Path(self.paths[index])
-        points = read_cloud(path, self.features if path.suffix == ".bin" else None).values
-        if self.features and points.shape[1] != self.features:
-            raise BadInput(str(path), expected=f"points of {self.features} values", got=f"{points.shape[1]} values a point")
+        points = self.cloud(path)
+        if self.past is not None:
+            past = self.past[index]
+            points = join_frames([points, *(self.cloud(Path(p)) for p in past.paths)], past.poses, past.ages)
         name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
         sample: Sample = {"points": points, "id": name}
         if self.boxes is not None and self.labels is not None:
             sample |= {"boxes": self.boxes[index], "label": self.labels[index]}
         return sample
 
+    def cloud(self, path: Path) -> np.ndarray:
+        points = read_cloud(path, self.features if path.suffix == ".bin" else None).values
+        if self.features and points.shape[1] != self.features:
+            raise BadInput(str(path), expected=f"points of {self.features} values", got=f"{points.shape[1]} values a point")
+        return points
 
-def read(path: str | Path, *, features: int | None = None, holdout: float = 0.2, seed: int = 0) -> Data:
+
+def read(path: str | Path, *, features: int | None = None, holdout: float = 0.2, seed: int = 0, frames: int = 1) -> Data:
     """The sweeps and boxes of a folder. features: values a point in .bin files (4 where it isn't said, 5 for nuScenes' .pcd.bin).
 
-    Raises BadInput: no such folder, no points, no labels, a box that can't be, points of another number of values, nothing to hold out.
+    frames: how many sweeps a cloud is made of, its own and those before it in its sequence (see frames.py); each point then has its age as
+    one value more, and what is held out of one folder is its end, not a draw. Raises BadInput: no such folder, no points, no labels, a box
+    that can't be, points of another number of values, nothing to hold out; poses or times that don't fit.
     """
     root = Path(path)
+    if frames < 1:
+        raise BadInput("frames", expected="1 or more", got=str(frames))
     if not root.is_dir():
         raise BadInput(str(path), expected="a folder of sweeps and labels", got="a file" if root.exists() else "no such path")
     given = {_SPLITS[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in _SPLITS}
@@ -91,20 +106,31 @@ def read(path: str | Path, *, features: int | None = None, holdout: float = 0.2,
         held = max(1, round(holdout * len(items)))
         if held >= len(items):
             raise BadInput(str(path), expected="at least two labelled sweeps", got=str(len(items)))
-        order = np.random.default_rng(seed).permutation(len(items))
+        order = np.random.default_rng(seed).permutation(len(items)) if frames == 1 else np.arange(len(items))[::-1]
         read_ = {"train": [items[i] for i in sorted(order[held:])], "val": [items[i] for i in sorted(order[:held])]}
     elif "val" not in read_:
         read_["val"] = read_["test"]
     index = {n: i for i, n in enumerate(names)}
+    past: dict[Path, Past] = {}
+    for folder in {p.parent for items in read_.values() for p, _, _ in items} if frames > 1 else ():
+        files = _clouds(folder)
+        past |= pasts(files, [_stem(p) for p in files], frames - 1)
     splits = {
         split: Sweeps(
             str(root), [str(p) for p, _, _ in items], count, [b for _, b, _ in items],
             [np.array([index[n] for n in ns], dtype=np.int64) for _, _, ns in items],
+            [past[p] for p, _, _ in items] if frames > 1 else None,
         )
         for split, items in read_.items()
     }  # fmt: skip
     args = {"num_classes": len(names), "point_features": count}
-    return Data(root.name, "lidar-detection", splits, args, names, notes, {"path": str(root)})
+    source: dict[str, Any] = {"path": str(root)}
+    if frames > 1:
+        args |= {"point_features": count + 1, "frames": frames}
+        source["options"] = {"features": features, "holdout": holdout, "seed": seed, "frames": frames}
+        if all(p.poses is None for p in past.values()):
+            notes.append("no poses beside the points: the sensor is taken to stand still")
+    return Data(root.name, "lidar-detection", splits, args, names, notes, source)
 
 
 def _pairs(folder: Path) -> tuple[list[tuple[Path, Path, Path | None]], list[str]]:
@@ -112,8 +138,8 @@ def _pairs(folder: Path) -> tuple[list[tuple[Path, Path, Path | None]], list[str
     points_in = next((folder / n for n in _POINTS if (folder / n).is_dir()), folder)
     labels_in = next((folder / n for n in _LABELS if (folder / n).is_dir()), points_in)
     pairs, alone = [], []
-    for path in sorted(p for p in points_in.iterdir() if p.suffix.lower() in CLOUDS and p.is_file()):
-        stem = path.name.removesuffix(".bin").removesuffix(".pcd") if path.name.endswith(".pcd.bin") else path.stem
+    for path in _clouds(points_in):
+        stem = _stem(path)
         label = next((labels_in / f"{stem}{e}" for e in (".json", ".txt") if (labels_in / f"{stem}{e}").is_file()), None)
         calib = folder / "calib" / f"{stem}.txt"
         if label is None:
@@ -121,6 +147,14 @@ def _pairs(folder: Path) -> tuple[list[tuple[Path, Path, Path | None]], list[str
         else:
             pairs.append((path, label, calib if calib.is_file() else None))
     return pairs, alone
+
+
+def _clouds(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in CLOUDS and p.is_file())
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".bin").removesuffix(".pcd") if path.name.endswith(".pcd.bin") else path.stem
 
 
 # labels -------------------------------------------------------------------------------------------------------------
@@ -232,19 +266,53 @@ def from_memory(value: Any, index: int) -> Sample:
 
 @dataclass
 class Prepare:
-    """Raw sample to tensors; with a recipe, the world is turned, scaled, shifted and flipped (points and boxes alike)."""
+    """Raw sample to tensors; with a recipe, boxes without points are left out (min_points), objects of other sweeps join, and the world is
+    turned, scaled, shifted and flipped (points and boxes alike).
+
+    objects, wanted: what may be pasted, and how many of each class a sweep shall then have. endings: transforms that take this one's place
+    from an epoch on, the last one that has begun.
+    """
 
     recipe: Mapping[str, Any] | None = None
+    objects: Objects | None = None
+    wanted: Sequence[int] = ()
+    endings: Sequence[tuple[float, Prepare]] = ()
+
+    def at(self, epoch: int) -> Prepare:
+        return next((ending for first, ending in reversed(self.endings) if epoch >= first), self)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         points = np.array(sample["points"], dtype=np.float32)
         out: Sample = {"id": sample.get("id", "")}
         if "boxes" in sample:
-            boxes = check_boxes(sample["boxes"], str(out["id"])).copy()
+            boxes, label = check_boxes(sample["boxes"], str(out["id"])).copy(), np.asarray(sample["label"], dtype=np.int64)
             if self.recipe:
+                if least := self.recipe.get("min_points", 0):
+                    seen = inside(points, boxes).sum(0) >= least
+                    boxes, label = boxes[seen], label[seen]
+                if self.objects is not None:
+                    points, boxes, label = paste(points, boxes, label, self.objects, self.wanted, rng)
                 points, boxes = augment(points, boxes, self.recipe, rng)
-            out |= {"boxes": torch.from_numpy(boxes), "label": torch.from_numpy(np.asarray(sample["label"], dtype=np.int64))}
+            out |= {"boxes": torch.from_numpy(boxes), "label": torch.from_numpy(label)}
         return out | {"points": torch.from_numpy(points)}
+
+
+def prepare_training(recipe: Mapping[str, Any], data: Data, epochs: float) -> Prepare:
+    """The transform of a training of so many epochs.
+
+    paste: how many objects of each class a sweep is filled up to, one number or a table by the classes' names ("other" for the rest);
+    paste_points: the least points of such an object, likewise. Nothing is pasted in the last `unpasted_epochs`, and in the last
+    `plain_epochs` nothing is augmented at all.
+    """
+    full = Prepare(recipe)
+    if recipe.get("paste"):
+        names = data.names or [f"class {i}" for i in range(data.model_args["num_classes"])]
+        full.wanted = by_class(recipe["paste"], names, "paste")
+        full.objects = collect(data.splits["train"], by_class(recipe.get("paste_points", 5), names, "paste_points"))
+    plain, unpasted = recipe.get("plain_epochs", 0), recipe.get("unpasted_epochs", 0)
+    bare = Prepare({k: v for k, v in recipe.items() if k == "min_points"})
+    full.endings = ((epochs - max(plain, unpasted), Prepare(recipe)), (epochs - plain, bare))
+    return full
 
 
 def augment(points: np.ndarray, boxes: np.ndarray, recipe: Mapping[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -32,13 +32,22 @@ class Boxes(NamedTuple):
 
 
 class LidarDetector(Model):
-    """Config has at least `num_classes`, `point_features` and `point_range`."""
+    """Config has at least `num_classes`, `point_features`, `point_range` and `frames` (how many sweeps a cloud is made of)."""
 
     task = "lidar-detection"
     channel_axes = (2, None)
 
     def forward_batch(self, batch: Batch) -> Any:
         return self(batch["points"], batch["count"])
+
+    def study(self, data: Any) -> None:
+        """Nothing is learnt; BadInput where clouds are made of another number of sweeps than the model's."""
+        frames = data.model_args.get("frames", 1)
+        if frames != self.config.frames:
+            got = f"{data.name}, read with frames={frames}"
+            raise BadInput(
+                "data", expected=f"clouds of {self.config.frames} sweeps", got=got, fix=f"read it with frames={self.config.frames}"
+            )
 
     def check_points(self, points: Any, count: Any) -> None:
         c = self.config
@@ -109,14 +118,19 @@ class CenterDetector(LidarDetector):
         """Heatmap focal loss, L1 of the regressed values, L1 of the expected IoU, and 1 - DIoU, summed over heads and terms."""
         self._must_detect()
         c, (origin, cell) = self.config, self.frame(batch["points"].device)
-        boxes = self._as_known(batch["boxes"])
+        boxes, label = self._as_known(batch["boxes"]), self._in_range(batch["boxes"], batch["label"])
         terms: dict[str, Tensor] = {}
         for classes, out in zip(self.groups, self.forward_batch(batch), strict=True):
             size = (out.heatmap.shape[2], out.heatmap.shape[3])
-            target = center_targets(boxes, batch["label"], classes, size, origin, cell, c.gaussian_overlap, c.min_radius)
+            target = center_targets(boxes, label, classes, size, origin, cell, c.gaussian_overlap, c.min_radius)
             found = center_losses(out, target, origin, cell, c.location_weight, c.code_weights, c.iou_regression)
             terms = {k: terms[k] + v if k in terms else v for k, v in found.items()}
         return Losses(torch.stack([*terms.values()]).sum(), terms)
+
+    def _in_range(self, boxes: Tensor, label: Tensor) -> Tensor:
+        """Labels with -1 where a box's centre lies outside of the range, as no point of the map stands for it."""
+        low, high = boxes.new_tensor(self.config.point_range[:3]), boxes.new_tensor(self.config.point_range[3:])
+        return label.masked_fill(~((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(-1), -1)
 
     def _as_known(self, boxes: Tensor) -> Tensor:
         """Boxes with as many values as the head has, velocities NaN where they are unknown."""
@@ -137,7 +151,7 @@ class CenterDetector(LidarDetector):
             label = torch.tensor(classes, device=which.device)[which]
             keep = (scores > c.score_threshold) & ((boxes[..., :3] >= low - margin) & (boxes[..., :3] <= high + margin)).all(-1)
             if iou is not None:
-                r = _of_class(c.iou_rectifier, label, scores)
+                r = of_class(c.iou_rectifier, label, scores)
                 scores = scores ** (1 - r) * iou**r
             for i in range(len(boxes)):
                 k = keep[i]
@@ -161,5 +175,6 @@ class CenterDetector(LidarDetector):
             raise BadInput("a backbone alone", expected="a detector", got="num_classes=0", fix="create it with num_classes=3, say")
 
 
-def _of_class(values: tuple[float, ...], label: Tensor, like: Tensor) -> Tensor:
+def of_class(values: tuple[float, ...], label: Tensor, like: Tensor) -> Tensor:
+    """Each label's value; the last is any further label's."""
     return like.new_tensor(values)[label.clamp_max(len(values) - 1)]

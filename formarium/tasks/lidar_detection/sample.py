@@ -12,6 +12,7 @@ import numpy as np
 
 from formarium.errors import UnknownName
 from formarium.task import Data, Sample
+from formarium.tasks.lidar_detection.frames import STEP, join_frames
 
 NAMES = ("car", "pedestrian")
 GROUND = -1.8  # metres below the sensor
@@ -21,10 +22,10 @@ _BEAMS, _STEPS = 24, 160  # rays up and down, and around
 
 class Street:
     """Scenes by index, each from the seed and its index: points float32 [n, 4] (x, y, z, intensity), boxes float32 [m, 7], label int64
-    [m]."""
+    [m]. With more frames than 1, points float32 [n, 5] (their age in seconds last) and boxes [m, 9] (vx, vy last)."""
 
-    def __init__(self, seed: int, first: int, count: int):
-        self.seed, self.first, self.count = seed, first, count
+    def __init__(self, seed: int, first: int, count: int, frames: int = 1):
+        self.seed, self.first, self.count, self.frames = seed, first, count, frames
 
     def __len__(self) -> int:
         return self.count
@@ -32,31 +33,47 @@ class Street:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        points, boxes, label = scene(self.seed, self.first + index)
+        points, boxes, label = scene(self.seed, self.first + index, self.frames)
         return {"points": points, "boxes": boxes, "label": label, "id": f"scene {self.first + index}"}
 
 
 def sample(name: str, seed: int = 0) -> Data:
-    """ "street": 160 scenes to train on, 40 held out."""
-    if name != "street":
-        raise UnknownName("sample of lidar-detection", name, ("street",))
-    splits = {"train": Street(seed, 0, 160), "val": Street(seed, 160, 40)}
-    args = {"num_classes": len(NAMES), "point_features": 4}
-    return Data("street", "lidar-detection", splits, args, NAMES, [], {"sample": "street"})
+    """ "street": 160 scenes to train on, 40 held out. "moving-street": the same places with what moves in motion, seen in 4 sweeps."""
+    if name not in ("street", "moving-street"):
+        raise UnknownName("sample of lidar-detection", name, ("street", "moving-street"))
+    frames = 1 if name == "street" else 4
+    splits = {"train": Street(seed, 0, 160, frames), "val": Street(seed, 160, 40, frames)}
+    args = {"num_classes": len(NAMES), "point_features": 4} | ({"point_features": 5, "frames": frames} if frames > 1 else {})
+    return Data(name, "lidar-detection", splits, args, NAMES, [], {"sample": name})
 
 
 @lru_cache(maxsize=512)
-def scene(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(points, boxes, label) of one scene. Things with fewer than 5 points have no box."""
+def scene(seed: int, index: int, frames: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(points, boxes, label) of one scene, as it is at the latest of its sweeps. Things with fewer than 5 points in it have no box."""
     rng = np.random.default_rng((seed, index))
     boxes, kinds = _things(rng)
     points, hit = cast(boxes, rng)
     shine = np.concatenate([[0.2], np.where(kinds == 0, 0.6, np.where(kinds == 1, 0.4, rng.uniform(0.2, 0.7, len(kinds))))])
-    intensity = (shine[hit + 1] + 0.08 * rng.standard_normal(len(hit))).clip(0, 1)
+    cloud = _shining(points, hit, shine, rng)
     seen = np.bincount(hit[hit >= 0], minlength=len(boxes)) >= 5
     keep = seen & (kinds < 2)
-    cloud = np.concatenate([points, intensity[:, None]], 1).astype(np.float32)
+    if frames > 1:
+        speed = np.where(kinds == 0, rng.uniform(4, 10, len(kinds)) * (rng.random(len(kinds)) < 0.7), rng.uniform(0.8, 1.8, len(kinds)))
+        motion = (speed * (kinds < 2))[:, None] * np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], 1)
+        clouds = [cloud]
+        for k in range(1, frames):
+            then = boxes.copy()
+            then[:, :2] -= STEP * k * motion
+            clouds.append(_shining(*cast(then, rng), shine, rng))
+        cloud = join_frames(clouds, None, [STEP * k for k in range(frames)])
+        boxes = np.concatenate([boxes, motion], 1)
     return cloud, boxes[keep].astype(np.float32), kinds[keep].astype(np.int64)
+
+
+def _shining(points: np.ndarray, hit: np.ndarray, shine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Points with the intensity of what they hit: float32 [n, 4]."""
+    intensity = (shine[hit + 1] + 0.08 * rng.standard_normal(len(hit))).clip(0, 1)
+    return np.concatenate([points, intensity[:, None]], 1).astype(np.float32)
 
 
 def _things(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
