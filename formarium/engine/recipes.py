@@ -14,7 +14,7 @@ from formarium.task import task as task_of
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 CLIP_MODES = ("norm", "agc")
-SCHEDULES = ("cosine", "constant", "poly", "step", "exponential", "noam", "one_cycle", "plateau")
+SCHEDULES = ("cosine", "constant", "poly", "step", "exponential", "noam", "wsd", "one_cycle", "plateau")
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Recipe:
     min_lr: float = 1e-5
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
-    schedule: str = "cosine"  # behind the warm-up: cosine, constant, poly, step, exponential, noam, one_cycle, plateau
+    schedule: str = "cosine"  # behind the warm-up: cosine, constant, poly, step, exponential, noam, wsd, one_cycle, plateau
     milestones: tuple[float, ...] = ()  # step: the shares of the run, 0 to 1, at which the rate is multiplied by factor
     factor: float = 0.1  # of step, of exponential (every epoch) and of plateau
     power: float = 1.0  # of poly (1: a straight line) and noam (0.5: the inverse square root)
+    decay_share: float = 0.2  # wsd (warm-up, stable, decay): the last share of the run, in which the rate falls by a cosine
     hold_epochs: float = 0  # noam: epochs at the peak; plateau: epochs before the first cut
     patience: int = 10  # plateau: epochs without a better held-out metric that it bears
     cycle_momentum: tuple[float, float] | None = None  # one_cycle: momentum, or Adam's first beta, at either end and at the peak
@@ -122,7 +123,8 @@ def _check(recipe: Recipe) -> None:
         _must(recipe, key, lambda v: v >= 0, "at least 0")
     for key in ("factor", "power"):
         _must(recipe, key, lambda v: v > 0, "more than 0")
-    _must(recipe, "layer_decay", lambda v: 0 < v <= 1, "above 0 and at most 1")
+    for key in ("layer_decay", "decay_share"):
+        _must(recipe, key, lambda v: 0 < v <= 1, "above 0 and at most 1")
     for key in ("batch_size", "accumulate", "repeated_augmentation", "steps"):
         if (value := getattr(recipe, key)) is not None and (value != int(value) or value < 1):
             raise BadInput(f"recipe key {key}", expected="a whole number, at least 1", got=str(value))

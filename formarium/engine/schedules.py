@@ -1,4 +1,4 @@
-"""How the learning rate moves over a run: a warm-up, and then one of eight shapes. All but the plateau follow from the step alone."""
+"""How the learning rate moves over a run: a warm-up, and then one of nine shapes. All but the plateau follow from the step alone."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def learning_rate(recipe: Recipe, step: int, steps: int, per_epoch: int, scale: 
         case "noam":  # with power 1/2 and no hold the inverse square root of the step; else Kim et al.'s extension (arXiv 2206.00888)
             past = step - round(recipe.hold_epochs * per_epoch)
             share = (max(1, warmup) / max(1, warmup, past)) ** recipe.power
+        case "wsd":
+            return floor + (recipe.lr - floor) * _half_cosine(min(1.0, (steps - step) / (recipe.decay_share * steps)))
         case "plateau":
             share = scale
         case _:

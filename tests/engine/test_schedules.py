@@ -60,6 +60,11 @@ def test_noam_is_the_inverse_square_root_and_its_extension_holds_the_peak():
     assert held[19:61] == [1.0] * 42 and held[80] == pytest.approx(20 / (80 - 40))
 
 
+def test_wsd_is_stable_and_then_decays():
+    found = rates(schedule="wsd", warmup_epochs=1, decay_share=0.2)
+    assert found[9:81] == [1.0] * 72 and found[90] == pytest.approx(0.5) and found[80:] == sorted(found[80:], reverse=True)
+
+
 def test_one_cycle_moves_rate_and_momentum_against_each_other():
     recipe = Recipe(lr=1.0, min_lr=0.0, warmup_lr=0.1, warmup_epochs=4, schedule="one_cycle", cycle_momentum=(0.95, 0.85))
     rate, beta = ([f(recipe, s, 100, 10) for s in range(100)] for f in (learning_rate, momentum))

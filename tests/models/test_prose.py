@@ -200,6 +200,26 @@ def test_options_train_predict_and_round_trip(changes):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
+def test_a_batch_of_all_twenty_families():
+    import numpy as np
+
+    from formarium.task import task
+    from formarium.tasks.operator_learning.families import POINTS, families
+    from formarium.tasks.operator_learning.sample import pdes20_words
+
+    torch.manual_seed(0)
+    t = task("operator-learning")
+    ready = t.transform({}, {"noise": 0.02, "noise_targets": True, "add_term": 0.15, "drop_term": 0.15})
+    batch = t.collate([ready(s, np.random.default_rng(0)) for s in families("val", 20, 0)])
+    model = create("prose_micro", vocabulary=pdes20_words(), dims=1, grid=POINTS, max_len=12)
+    first = model.loss(batch)
+    first.total.backward()
+    assert all(torch.isfinite(x) for x in first.terms.values())
+    said = model.eval().predict(batch)
+    assert said.solution.shape == (20, 16, 64) and len(said.words) == 20
+
+
 def test_it_learns_a_few_trajectories():
     import numpy as np
 

@@ -13,6 +13,7 @@ from formarium.tasks.operator_learning.symbols import (
     disturb,
     encode,
     encode_number,
+    fluid_vocabulary,
     infix,
     is_valid,
     parse,
@@ -108,6 +109,33 @@ def test_splits_fields_and_unknown_equations(tmp_path):
         TASK.read(tmp_path, strict=True)
 
 
+def test_square_fields_and_their_guesses(tmp_path):
+    u = waves(3)[:, :, None, None].repeat(4, 2).repeat(4, 3)  # n steps y x dims
+    guess = "add dt U mul U D U | diverg U -- U periodic"
+    np.savez(tmp_path / "a.npz", t=T, u=u, guess=np.array([guess] * 3))
+    data = TASK.read(tmp_path, input_len=6)
+    assert data.model_args["grid"] == 16 and data.model_args["dims"] == 2 and data.model_args["vocabulary"] == fluid_vocabulary()
+    ready = TASK.transform({})(data.splits["train"][0], np.random.default_rng(0))
+    assert ready["guess"] == guess.split() and ready["data"].shape == (6, 33)
+    for broken, says in ((u[:, :, :, :3], "square"), (u, "conditions|periodic")):
+        np.savez(tmp_path / "a.npz", t=T, u=broken, guess=np.array([guess + ("" if says == "square" else " p wet")] * 3))
+        with pytest.raises(BadInput, match=says):
+            TASK.read(tmp_path)
+
+
+def test_words_of_fluids_and_of_whole_equations():
+    said = "add dt U mul + N864 E-5 D2 U | diverg U -- U periodic"
+    words = read_words(said, 3)
+    assert " ".join(words) == said
+    assert infix(["sub", "u_t", "u_xx"]) == "(u_t - u_xx) = 0" and infix(["neg", "u_0"]) == "du_0/dt = -(u_0)"
+    assert skeleton(words)[-3:] == ["--", "U", "periodic"]
+    with pytest.raises(BadInput, match="condition"):
+        read_words("dt U -- U", 3)
+    every = fluid_vocabulary()
+    assert len(every) == 1130 and every[:4] == every[103:107] and "D2" in every and "exp" not in every
+    assert to_ids(["<PAD>", "U"], every)[0] > 100  # of a word that is there twice, the later one
+
+
 def bad(change):
     u = waves()
     held = [{"t": T.tolist(), "u": x.tolist(), "equation": "u_1 | neg u_0"} for x in u]
@@ -190,6 +218,20 @@ def test_training_adds_noise_and_disturbs_the_guess():
     assert share == pytest.approx(0.1, rel=1e-3) and a["guess"] != skeleton(s["words"])
 
 
+def test_noise_on_targets_as_the_released_trainers_have_it():
+    """One draw over the whole trajectory, of a share of its norm; off by default and without a recipe."""
+    s = trajectories("val", 3, 0)[1]
+    made = TASK.transform({}, {"noise": 0.1, "noise_targets": True})(s, np.random.default_rng(0))
+    added = np.concatenate([made["data"][:, 1:], made["target"]]) - s["u"]
+    assert np.linalg.norm(added) / np.linalg.norm(s["u"]) == pytest.approx(0.1, rel=1e-3)
+    assert np.abs(added[24:]).min() > 0
+    for recipe in ({"noise": 0.1}, {"noise_targets": True}, None):
+        np.testing.assert_array_equal(TASK.transform({}, recipe)(s, np.random.default_rng(0))["target"], s["u"][24:].astype(np.float32))
+    assert np.array_equal(
+        TASK.transform({}, {"noise_targets": True})(s, np.random.default_rng(0))["data"][:, 1:], s["seen"].astype(np.float32)
+    )
+
+
 def test_scores_of_the_truth_and_of_nonsense():
     b = batch_of()
     right = Solutions(b["target"], b["words"], [infix(w) for w in b["words"]], [True] * 3)
@@ -245,6 +287,9 @@ def test_the_rival_is_the_nearest_trajectory():
     data = Data("x", "operator-learning", {"train": Trajectories(held), "val": Trajectories(held[:4])})
     name, metrics = TASK.baseline(data)
     assert "nearest" in name and metrics["relative_l2"] < 1e-6
+    held[:] = [{**s, "u": 0 * s["u"] + k + 1, "seen": 0 * s["seen"] + k + 1} for k, s in enumerate(held)]
+    still = Data("x", "operator-learning", {"train": Trajectories(held[:4]), "val": Trajectories(held[4:])})
+    assert TASK.baseline(still) == ("the last state held", {"relative_l2": 0.0})
 
 
 def test_fields_solve_their_equations():

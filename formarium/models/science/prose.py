@@ -243,6 +243,7 @@ class PROSE(OperatorLearner):
         dropout: float = 0.0
         attention_dropout: float = 0.0
         data_weight: float = 6.0
+    relative: bool = True  # the data's squared error relative to each sample's size; else its plain mean
         max_len: int = 200
         beams: int = 1  # 1: the likeliest word at every step
         alpha: float = 1.0
@@ -352,15 +353,18 @@ class PROSE(OperatorLearner):
         return self(*(batch[k] for k in ("data", "observed", "skeleton", "query", "equation")))
 
     def loss(self, batch: Batch) -> Losses:
-        """data: relative squared error, averaged over samples. text: cross entropy of every word behind <BOS> (where the equation is
-        known)."""
+        """data: relative squared error, averaged over samples, or the mean squared error. text: cross entropy of every word behind <BOS>
+        (where the equation is known)."""
         batch = self.prepared(batch)
         out, terms = [*self.forward_batch(batch)], {}
         if self.config.solve:
             there = self._dims(batch)[:, None].float()
             true = batch["target"]
             off = (((out.pop(0).float() - true) * there) ** 2).flatten(1).sum(1)
-            terms["data"] = (off / (((true * there) ** 2).flatten(1).sum(1) + 1e-5)).mean()
+            if self.config.relative:
+                terms["data"] = (off / (((true * there) ** 2).flatten(1).sum(1) + 1e-5)).mean()
+            else:
+                terms["data"] = off.sum() / there.expand_as(true).sum()
         total = self.config.data_weight * terms["data"] if terms and out else terms.get("data", 0.0)
         if out:
             logits, next_word = out[0][:, :-1].float(), batch["equation"][:, 1:]

@@ -1,7 +1,8 @@
 """Operator learning: observed pieces of trajectories in, their solutions at other times and their equations out.
 
 Rivals share the batch that `model.py` documents. `data.py` reads trajectories, `symbols.py` has equations as words,
-`sample.py` the sample data, `metrics.py` the scores, `draw.py` the pictures; `task` below ties them together.
+`sample.py` the sample data (solved in `fields.py`, in `families.py` with `starts.py` and `solvers.py`, in `fluids.py`), `metrics.py` the
+scores, `draw.py` the pictures; `task` below ties them together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class OperatorLearning(Task):
     name = "operator-learning"
     metric = "relative_l2"
     higher_is_better = False
-    samples = ("odes", "pdes")
-    recipe_keys = ("noise", "add_term", "drop_term")
+    samples = ("odes", "pdes", "pdes20", "fluids")
+    recipe_keys = ("noise", "noise_targets", "add_term", "drop_term")
     published_defaults: Mapping[str, Any] = {}
     demo_defaults: Mapping[str, Any] = {"noise": 0.02, "add_term": 0.15, "drop_term": 0.15}
     scored = ("target", "query", "dims", "words", "id")

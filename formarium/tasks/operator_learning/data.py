@@ -1,7 +1,7 @@
 """Reading trajectories that people have, with or without their equations.
 
-name.npz     t [steps] or [n, steps]; u [n, steps], [n, steps, dims] or (a PDE's field) [n, steps, grid, dims]; perhaps equation [n]
-             and guess [n]
+name.npz     t [steps] or [n, steps]; u [n, steps], [n, steps, dims], (a PDE's field) [n, steps, grid, dims] or (a fluid's, square)
+             [n, steps, y, x, dims]; perhaps equation [n] and guess [n]
 name.json    a list of {"t": [...], "u": [[...], ...], "equation": "...", "guess": "...", "id": "..."} (or one a line: .jsonl)
 name.csv     columns id, t, u_0, u_1, ... and perhaps equation: one row a time
 A folder holds any of these; train.* and val.* (or test.*) are splits, else a fifth is held out by the seed.
@@ -21,7 +21,18 @@ import numpy as np
 
 from formarium.errors import BadInput
 from formarium.task import Data, Sample
-from formarium.tasks.operator_learning.symbols import PLACEHOLDER, SPECIAL, disturb, parse, read_words, skeleton, to_ids, vocabulary
+from formarium.tasks.operator_learning.symbols import (
+    PLACEHOLDER,
+    SPECIAL,
+    disturb,
+    divided,
+    fluid_vocabulary,
+    parse,
+    read_words,
+    skeleton,
+    to_ids,
+    vocabulary,
+)
 
 FORMATS = (".npz", ".json", ".jsonl", ".csv")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -76,8 +87,8 @@ def read(
     steps = input_len if input_len is not None else max(1, shape[0] // 3)
     if not 1 <= steps < shape[0]:
         raise BadInput("input_len", expected=f"from 1 to {shape[0] - 1}, fewer than the steps", got=str(steps))
-    dims = shape[-1]
-    words = vocabulary(dims, precision)
+    dims, plane = shape[-1], bool(every[0].get("plane"))
+    words = fluid_vocabulary() if plane else vocabulary(dims, precision)
     for s in every:
         if s["u"].shape != shape:
             raise BadInput(
@@ -98,7 +109,7 @@ def read(
     unknown = sum(not s["words"] for s in every)
     notes = [f"{unknown} of {len(every)} trajectories have no equation: only their solutions are learned"] if unknown else []
     splits: dict[str, Any] = {name: Trajectories(samples) for name, samples in found.items() if name in ("train", "val", "test")}
-    grid = {"grid": shape[1]} if len(shape) == 3 else {}
+    grid = {"grid": shape[1]} if len(shape) == 3 else {}  # points, of a square all of them
     return Data(root.stem, "operator-learning", splits, {"vocabulary": words, "dims": dims, **grid}, (), notes, {"path": str(path)})
 
 
@@ -106,10 +117,11 @@ def complete(sample: Sample, input_len: int, digits: int) -> Sample:
     """What a raw sample holds beside t and u: input_len, dims, words and guess, read from text. BadInput for equations that are none."""
     name, dims = sample["id"], sample["u"].shape[-1]
     words = read_words(sample.get("equation") or [], digits, f"{name}: equation") if sample.get("equation") else []
-    if words and sample["u"].ndim == 2 and len(parse(words)) != dims:
+    if words and sample["u"].ndim == 2 and len(parse(divided(words)[0])) != dims:
         raise BadInput(f"{name}: equation", expected=f"{dims} components divided by |", got=str(len(parse(words))))
     if sample.get("guess"):
-        guess = skeleton(read_words(sample["guess"], digits, f"{name}: guess"))
+        guess = read_words(sample["guess"], digits, f"{name}: guess")
+        guess = guess if sample.get("plane") else skeleton(guess)  # a fluid's numbers are given, PROSE-FD writes none
     else:
         guess = skeleton(words) if words else [SPECIAL[PLACEHOLDER]]
     return {"input_len": input_len, "dims": dims, "words": words, "guess": guess}
@@ -141,6 +153,11 @@ def checked(sample: Mapping[str, Any], name: str) -> Sample:
             name, expected="t [steps] and u [steps, dims], numbers, every step as long as the others", got="something else"
         ) from None
     u = u[:, None] if u.ndim == 1 else u
+    plane = u.ndim == 4
+    if plane:
+        if u.shape[1] != u.shape[2]:
+            raise BadInput(name, expected="square fields [steps, y, x, dims]", got=f"u {[*u.shape]}")
+        u = u.reshape(len(u), -1, u.shape[-1])
     if t.ndim != 1 or u.ndim not in (2, 3) or len(t) != len(u):
         raise BadInput(name, expected="as many states in u as times in t", got=f"t {[*t.shape]}, u {[*u.shape]}")
     if len(t) < 2:
@@ -152,7 +169,7 @@ def checked(sample: Mapping[str, Any], name: str) -> Sample:
             )
     if not (np.diff(t) > 0).all():
         raise BadInput(f"{name}: t", expected="times that rise", got=f"{t[1:][np.diff(t) <= 0][0]:g} after {t[:-1][np.diff(t) <= 0][0]:g}")
-    return {**sample, "t": t, "u": u, "id": name}
+    return {**sample, "t": t, "u": u, "id": name, **({"plane": True} if plane else {})}
 
 
 def _npz(file: Path) -> list[dict[str, Any]]:
@@ -237,8 +254,9 @@ def from_memory(value: Any, index: int) -> Sample:
 class Prepare:
     """A raw sample to what a batch holds.
 
-    In training a recipe's `noise` adds Gaussian noise of that share of the observed values' norm, `add_term` and `drop_term` are the
-    chances that the guess has a term too many or too few.
+    In training a recipe's `noise` adds Gaussian noise of that share of the observed values' norm; with `noise_targets` it is drawn over the
+    whole trajectory, of that share of its norm, so that what is to be learned is noisy, too (PROSE's released trainers do that). `add_term`
+    and `drop_term` are the chances that the guess has a term too many or too few.
     """
 
     preprocessing: Mapping[str, Any]
@@ -247,10 +265,12 @@ class Prepare:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         n, recipe = sample["input_len"], self.recipe or {}
         t, u = sample["t"], sample["u"].reshape(len(sample["t"]), -1)
-        seen = np.array(sample["seen"] if "seen" in sample and not recipe.get("noise") else u[:n], dtype=np.float64).reshape(n, -1)
-        if share := recipe.get("noise", 0.0):
-            drawn = rng.standard_normal(seen.shape)
-            seen = seen + share * np.linalg.norm(seen) / (np.linalg.norm(drawn) + 1e-6) * drawn
+        share, whole = recipe.get("noise", 0.0), bool(recipe.get("noise_targets"))
+        if share and whole:
+            u = noisy(u, share, rng)
+        seen = np.array(sample["seen"] if "seen" in sample and not share else u[:n], dtype=np.float64).reshape(n, -1)
+        if share and not whole:
+            seen = noisy(seen, share, rng)
         guess = sample["guess"]
         if sample["words"] and (recipe.get("add_term") or recipe.get("drop_term")):
             guess = disturb(skeleton(sample["words"]), rng, recipe.get("add_term", 0.0), recipe.get("drop_term", 0.0))
@@ -261,14 +281,21 @@ class Prepare:
             raise BadInput(sample["id"], expected="times behind the observed ones, or query times", got="none")
         if query is None:
             out["target"] = u[n:].astype(np.float32)
-        return {**out, "id": sample["id"], "dims": sample["dims"]}
+        return {**out, "id": sample["id"], "dims": sample["dims"], "width": sample["u"].shape[-1]}
+
+
+def noisy(u: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """u with Gaussian noise whose norm is that share of u's."""
+    drawn = rng.standard_normal(u.shape)
+    return u + share * np.linalg.norm(u) / (np.linalg.norm(drawn) + 1e-6) * drawn
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """The batch that `model.py` documents. ValueError for samples of unlike query times."""
     import torch
 
-    steps, channels, dims = max(len(s["data"]) for s in samples), max(s["data"].shape[1] for s in samples), max(s["dims"] for s in samples)
+    steps, channels = max(len(s["data"]) for s in samples), max(s["data"].shape[1] for s in samples)
+    dims = max(int(s.get("width") or s["dims"]) for s in samples)  # a sample may have room for more dimensions than its system has
     data = np.zeros((len(samples), steps, channels), dtype=np.float32)
     observed, there = np.zeros((len(samples), steps), dtype=bool), np.zeros((len(samples), dims), dtype=bool)
     for i, s in enumerate(samples):

@@ -11,9 +11,9 @@ import numpy as np
 
 from formarium.errors import UnknownName
 from formarium.task import Data, Sample
-from formarium.tasks.operator_learning import fields
+from formarium.tasks.operator_learning import families, fields, fluids
 from formarium.tasks.operator_learning.data import Trajectories
-from formarium.tasks.operator_learning.symbols import Node, disturb, encode, rounded, skeleton, vocabulary
+from formarium.tasks.operator_learning.symbols import Node, disturb, encode, fluid_vocabulary, rounded, skeleton, vocabulary
 
 COUNTS = {"train": 900, "val": 150}
 STEPS, SEEN, RANGE, NOISE, SPREAD, DIGITS = 64, 24, 6.0, 0.02, 0.2, 2
@@ -84,13 +84,33 @@ _fields: dict[str, Callable[..., Any]] = {
 
 def sample(name: str, seed: int = 0) -> Data:
     """`odes`: 900 and 150 trajectories of three families in two dimensions. `pdes`: 600 and 120 fields on 32 points, four families
-    (fields.py). Raises UnknownName for other names."""
+    (fields.py). `pdes20`: 400 and 80 fields on 64 points, all families of PROSE-PDE (families.py). `fluids`: 300 and 60 flows on 16 by 16
+    points (fluids.py). Raises UnknownName for other names."""
+    if name in ("pdes20", "fluids"):
+        return _pdes20(seed) if name == "pdes20" else _fluids(seed)
     if name == "pdes":
         found: dict[str, Any] = {split: Trajectories([*fields.fields(split, count, seed)]) for split, count in fields.COUNTS.items()}
         args = {"vocabulary": vocabulary(1, fields.DIGITS - 1, fields.WORDS), "dims": 1, "grid": fields.GRID}
         return Data("pdes", "operator-learning", found, args, source={"sample": name})
     if name != "odes":
-        raise UnknownName("sample data set", name, ("odes", "pdes"))
+        raise UnknownName("sample data set", name, ("odes", "pdes", "pdes20", "fluids"))
     splits: dict[str, Any] = {split: Trajectories([*trajectories(split, count, seed)]) for split, count in COUNTS.items()}
     args = {"vocabulary": vocabulary(2, DIGITS - 1), "dims": 2}
     return Data("odes", "operator-learning", splits, args, source={"sample": name})
+
+
+def pdes20_words() -> tuple[str, ...]:
+    """The vocabulary of the twenty families."""
+    return vocabulary(1, families.DIGITS - 1, families.WORDS)
+
+
+def _pdes20(seed: int) -> Data:
+    found: dict[str, Any] = {split: Trajectories([*families.families(split, n, seed)]) for split, n in families.COUNTS.items()}
+    args = {"vocabulary": pdes20_words(), "dims": 1, "grid": families.POINTS}
+    return Data("pdes20", "operator-learning", found, args, source={"sample": "pdes20"})
+
+
+def _fluids(seed: int) -> Data:
+    found: dict[str, Any] = {split: Trajectories([*fluids.flows(split, n, seed)]) for split, n in fluids.COUNTS.items()}
+    args = {"vocabulary": fluid_vocabulary(), "dims": fluids.DIMS, "grid": fluids.SIZE**2}
+    return Data("fluids", "operator-learning", found, args, source={"sample": "fluids"})

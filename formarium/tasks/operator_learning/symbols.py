@@ -1,6 +1,8 @@
 """Equations as prefix tokens: trees, numbers as sign, mantissa and exponent, validity, evaluation, skeletons and their noise.
 
 A system of equations du_i/dt = f_i(u) is its right-hand sides in prefix order with `|` between them, e.g. `mul + N200 E-2 u_0 | neg u_1`.
+An equation that has u_t or u_tt in it is its whole left-hand side, with 0 on the right. Fluids in two dimensions (PROSE-FD) have words of
+their own: names of fields and operators on them, and behind `--` what holds at the boundary, e.g. `add dt c mul U D c -- c neumann`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from formarium.errors import BadInput
 
 BOS, EOS, PAD, PLACEHOLDER = range(4)
 SPECIAL = ("<BOS>", "<EOS>", "<PAD>", "<PLACEHOLDER>")
-BETWEEN = "|"
+BETWEEN, BOUNDARY = "|", "--"
 LARGEST_INT, LARGEST_EXPONENT = 10, 10
 OPERATORS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
     "add": (2, np.add),
@@ -32,7 +34,11 @@ OPERATORS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
     "pow2": (1, np.square),
     "pow3": (1, lambda x: x**3),
 }
-_MANTISSA, _EXPONENT, _VARIABLE = re.compile(r"N\d+$"), re.compile(r"E-?\d+$"), re.compile(r"(u_\d+|x_\d+|t|u_x|u_xx|u_xxx|u_xxxx)$")
+FIELD_OPERATORS = ("dt", "dx", "dy", "dz", "D", "D2", "diverg")  # derivatives by time and place, gradient, Laplacian, divergence
+FIELDS = ("u", "U", "v", "V", "h", "x", "X", "b", "rho", "p", "eta", "f", "F", "c", "zeta", "sigma", "w", "g")
+CONDITIONS = ("periodic", "dirichlet", "neumann", "dirichlet_irreg")
+ARGUMENTS = {**{name: count for name, (count, _) in OPERATORS.items()}, **dict.fromkeys(FIELD_OPERATORS, 1)}
+_MANTISSA, _EXPONENT, _VARIABLE = re.compile(r"N\d+$"), re.compile(r"E-?\d+$"), re.compile(r"(u_\d+|x_\d+|t|u_t{1,2}|u_x{1,4})$")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Node:
         return f"{self.value:g}" if isinstance(self.value, (int, float)) else "c" if self.value == SPECIAL[PLACEHOLDER] else str(self.value)
 
     def evaluate(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The tree's value where variables have these values; KeyError for a variable that has none."""
+        """The tree's value where variables have these values; KeyError for a variable that has none, and for operators on fields."""
         if self.children:
             with np.errstate(all="ignore"):
                 return OPERATORS[str(self.value)][1](*(c.evaluate(values) for c in self.children))
@@ -71,6 +77,17 @@ def vocabulary(dims: int = 3, precision: int = 2, extra: Sequence[str] = ()) -> 
     exponents = [f"E{i}" for i in range(-LARGEST_EXPONENT, LARGEST_EXPONENT + 1)]
     words = [*SPECIAL, BETWEEN, *OPERATORS, *integers, *(f"u_{i}" for i in range(dims)), *extra, *numbers, *exponents]
     return tuple(dict.fromkeys(words))
+
+
+def fluid_vocabulary(dims: int = 5, precision: int = 2, largest: int = 20) -> tuple[str, ...]:
+    """The words of PROSE-FD in the order of its released weights, which is alphabetic, special words twice (the later ones are used)."""
+    integers = [str(i) for i in range(-largest, largest + 1)]
+    others = ["CONSTANT", "rand", BETWEEN, BOUNDARY, "INT+", "INT-", "FLOAT+", "FLOAT-"]
+    named = [f"{letter}_{i}" for letter in "uv" for i in range(dims)]
+    plain = {*OPERATORS, *FIELD_OPERATORS, *FIELDS, *CONDITIONS, *integers, *others, *named} - {"exp"}
+    numbers = ["+", "-", *(f"N{i:0{precision + 1}d}" for i in range(10 ** (precision + 1)))]
+    numbers += [f"E{i}" for i in range(-LARGEST_EXPONENT, LARGEST_EXPONENT + 1)]
+    return (*SPECIAL, *sorted(plain), *SPECIAL, *sorted(numbers))
 
 
 def digits(words: Sequence[str]) -> int:
@@ -127,9 +144,9 @@ def _parse(words: Sequence[str], at: int, what: str) -> tuple[Node, int]:
     if at >= len(words):
         raise BadInput(what, expected="an operator's argument", got="the end")
     word = words[at]
-    if word in OPERATORS:
+    if word in ARGUMENTS:
         children, at = [], at + 1
-        for _ in range(OPERATORS[word][0]):
+        for _ in range(ARGUMENTS[word]):
             child, at = _parse(words, at, what)
             children.append(child)
         return Node(word, tuple(children)), at
@@ -138,7 +155,7 @@ def _parse(words: Sequence[str], at: int, what: str) -> tuple[Node, int]:
         if len(number) < 2 or not _MANTISSA.match(number[0]) or not _EXPONENT.match(number[1]):
             raise BadInput(what, expected=f"a mantissa and an exponent after {word}", got=" ".join(number) or "the end")
         return Node(float(f"{word}{int(number[0][1:])}e{int(number[1][1:])}")), at + 3
-    if _VARIABLE.match(word) or word == SPECIAL[PLACEHOLDER]:
+    if _VARIABLE.match(word) or word in FIELDS or word == SPECIAL[PLACEHOLDER]:
         return Node(word), at + 1
     try:
         value = float(word)
@@ -152,7 +169,19 @@ def _parse(words: Sequence[str], at: int, what: str) -> tuple[Node, int]:
 def read_words(text: str | Sequence[str], digits: int, what: str = "equation") -> list[str]:
     """Words of an equation as people write it in prefix order (a string with spaces or commas, or a list); its numbers encoded."""
     words = [w for w in re.split(r"[\s,]+", text) if w] if isinstance(text, str) else [str(w) for w in text]
-    return encode(parse(words, what), digits)
+    words, held = divided(words)
+    for variable, condition in zip(held[1::2], held[2::2], strict=False):
+        if variable not in FIELDS or condition not in CONDITIONS:
+            raise BadInput(what, expected=f"fields and {', '.join(CONDITIONS)} behind {BOUNDARY}", got=f"{variable} {condition}")
+    if held and len(held) % 2 == 0:
+        raise BadInput(what, expected=f"a condition for every field behind {BOUNDARY}", got=" ".join(held[1:]) or "nothing")
+    return encode(parse(words, what), digits) + held
+
+
+def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The equations' words, and what holds at the boundary (from -- on; empty where nothing is said)."""
+    at = [*words].index(BOUNDARY) if BOUNDARY in words else len(words)
+    return [*words[:at]], [*words[at:]]
 
 
 def skeleton(words: Sequence[str]) -> list[str]:
@@ -163,7 +192,8 @@ def skeleton(words: Sequence[str]) -> list[str]:
             return Node(SPECIAL[PLACEHOLDER])
         return Node(node.value, tuple(bare(c) for c in node.children))
 
-    return encode([bare(t) for t in parse(words)])
+    words, held = divided(words)
+    return encode([bare(t) for t in parse(words)]) + held
 
 
 def is_valid(words: Sequence[str], dims: int | None = None) -> bool:
@@ -190,11 +220,17 @@ def right_hand_side(system: Sequence[Node], states: np.ndarray, t: np.ndarray | 
 
 
 def infix(words: Sequence[str]) -> str:
-    """The equations for a person: `du_0/dt = ..., du_1/dt = ...`; the words themselves where they are no equations."""
+    """The equations for a person: `du_0/dt = ..., du_1/dt = ...`, or `... = 0`; the words themselves where they are no equations."""
     try:
-        return ", ".join(f"du_{i}/dt = {tree.infix()}" for i, tree in enumerate(parse(words)))
+        system = parse(words)
     except BadInput:
         return " ".join(words)
+    return ", ".join(f"{t.infix()} = 0" if whole(t) else f"du_{i}/dt = {t.infix()}" for i, t in enumerate(system))
+
+
+def whole(tree: Node) -> bool:
+    """Whether a tree is an equation's whole left-hand side: it has a derivative by time in it."""
+    return tree.value in ("u_t", "u_tt", *FIELD_OPERATORS) or any(whole(c) for c in tree.children)
 
 
 def terms(tree: Node) -> list[Node]:
