@@ -1,15 +1,28 @@
-"""Swin UNETR: github.com/Project-MONAI/MONAI (monai/networks/nets/swin_unetr.py)."""
+"""Swin UNETR: github.com/Project-MONAI/MONAI (monai/networks/nets/swin_unetr.py); its pre-training: SwinUNETR/Pretrain of
+github.com/Project-MONAI/research-contributions (models/ssl_head.py, losses/loss.py, utils/ops.py).
+
+Encoders alone, as in the released model_swinvit.pt, go by names without `swinViT.`, with `fc1` and `fc2`, and hold a norm nothing uses.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from formarium.authors import Authors
+import torch
+from torch import Tensor
+
+from formarium.authors import Authors, State
 from formarium.errors import BadInput
+from formarium.nn.volume_pretraining import Answers, fill, pretext_losses
 
 
 def config(theirs: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     t = theirs
+    if "upsample" in t:  # their SSLHead
+        shared = config({"out_channels": 0, **{k: v for k, v in t.items() if k not in ("upsample", "dim")}}, header)
+        return {**shared, "pretraining": t["upsample"], "pretraining_share": 0.0}
     if t.get("use_hyena") or any(t.get("hyena_stages") or ()):
         raise BadInput("use_hyena", expected="window attention", got="the Hyena operator, which is another system")
     name = t.get("norm_name", "instance")
@@ -41,7 +54,40 @@ DECODERS = [("decoder5", 0), ("decoder4", 1), ("decoder3", 2), ("decoder2", 3), 
 ENCODERS = [("encoder1", 0), ("encoder2", 1), ("encoder3", 2), ("encoder4", 3), ("encoder10", 4)]
 WRAPPED = ("conv1", "conv2", "conv3")  # their convolutions sit in a module of one
 
-authors = Authors(
+
+def call(model: Any, inputs: dict[str, Tensor], header: dict[str, Any]) -> Any:
+    out = model(inputs["x"].float())  # records hold it in half precision
+    return tuple(out) if isinstance(out, Answers) else out
+
+
+def losses(header: dict[str, Any], inputs: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+    """Their Loss, on both views' answers."""
+    i = inputs
+    answers = Answers(i["turn"], torch.cat([i["one"], i["other"]]), i["rebuilt"])
+    total, terms = pretext_losses(answers, i["turns"], i["image"])
+    return {"total": total, **terms}
+
+
+def swaps(header: dict[str, Any], inputs: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+    """Their patch_rand_drop from another sample, in given boxes [boxes, 3 axes, start and stop], after a number of quarter turns."""
+    x = torch.rot90(inputs["x"], int(inputs["turn"]), (-2, -1)).clone()
+    turned = x.clone()
+    fill(x, [tuple(slice(*ends) for ends in box) for box in inputs["boxes"].tolist()], inputs["other"])
+    return {"turned": turned, "damaged": x}
+
+
+class _SwinUNETR(Authors):
+    def import_state(self, state: Mapping[str, Tensor], model: Any) -> State:
+        """An encoder's names first as those of the encoder in the whole network."""
+        return super().import_state({_whole(k): v for k, v in state.items()}, model)
+
+
+def _whole(name: str) -> str:
+    name = re.sub(r"^(swin_vit\.|(?=patch_embed\.|layers\d))", "swinViT.", name)
+    return re.sub(r"\.mlp\.fc([12])\.", r".mlp.linear\1.", name) if name.startswith("swinViT.") else name
+
+
+authors = _SwinUNETR(
     names=[
         ("swinViT.patch_embed.proj", "embed"),
         ("swinViT.patch_embed.norm", "embed_norm"),
@@ -60,8 +106,13 @@ authors = Authors(
         *((f"{theirs}.conv_block.{conv}.conv", f"decoders.{i}.convs.{conv}") for theirs, i in DECODERS for conv in WRAPPED),
         *((f"{theirs}.conv_block", f"decoders.{i}.convs") for theirs, i in DECODERS),
         ("out.conv.conv", "head"),
+        ("rotation_head", "ssl.rotation"),
+        ("contrastive_head", "ssl.contrast"),
+        ("conv", "ssl.rebuild"),
     ],
-    ignore=["*.relative_position_index"],
+    ignore=["*.relative_position_index", "norm.weight", "norm.bias"],
     config=config,
-    call=lambda model, inputs, header: model(inputs["x"].float()),  # records hold it in half precision
+    call=call,
+    to_ours=lambda state, model: model.fitted(state),
+    parts={"swin_unetr_ssl_losses": losses, "swin_unetr_ssl_swaps": swaps},
 )

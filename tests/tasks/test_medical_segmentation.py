@@ -8,7 +8,7 @@ from formarium.errors import BadInput, UnknownName
 from formarium.nn.tiling import sliding_window, window_weight
 from formarium.task import task as task_of
 from formarium.tasks.medical_segmentation.metrics import dice, hausdorff95
-from formarium.tasks.medical_segmentation.model import Segmented, region_masks
+from formarium.tasks.medical_segmentation.model import Rebuilt, Segmented, central, region_masks
 from formarium.tasks.medical_segmentation.prepare import Prepare, normalised
 from formarium.tasks.medical_segmentation.sample import organs, tumour
 
@@ -70,6 +70,22 @@ def test_channels_last_and_slices(tmp_path):
         save(tmp_path / "flat" / "images" / f"{i}.nii", RNG.random((6, 7)).astype(np.float32))
         save(tmp_path / "flat" / "labels" / f"{i}.nii", np.ones((6, 7), dtype=np.uint8))
     assert TASK.read(tmp_path / "flat").model_args["spatial_dims"] == 2
+
+
+def test_folders_without_masks_are_for_pretraining(tmp_path):
+    for path in (plain(tmp_path / "a") / "labels").iterdir():
+        path.unlink()
+    data = TASK.read(tmp_path / "a")
+    assert data.model_args == {"in_channels": 1, "spatial_dims": 3} and data.names == [] and "label" not in data.splits["train"][0]
+    with pytest.raises(BadInput, match="expected a mask"):
+        TASK.read(tmp_path / "a", masks=True)
+    (plain(tmp_path / "b") / "labels" / "1.nii.gz").unlink()  # where some have one, it is asked for
+    assert sum(len(s) for s in TASK.read(tmp_path / "b").splits.values()) == 2
+    data = TASK.read(tmp_path / "b", masks=False)
+    assert sum(len(s) for s in data.splits.values()) == 3 and "out_channels" not in data.model_args
+    for i in range(3):
+        save(tmp_path / "flat" / f"{i}.nii.gz", np.full((4, 5, 6), i + 1.0, np.float32))
+    assert len(TASK.read(tmp_path / "flat", masks=False).splits["train"]) == 2
 
 
 def test_what_is_written_has_the_labels_and_the_affine_of_the_image(tmp_path):
@@ -216,10 +232,31 @@ def test_scores_rows_and_pictures_of_a_perfect_prediction():
     assert TASK.draw(prediction, batch, data.names).width > 600
 
 
+def test_pretraining_is_scored_by_what_it_rebuilds(tmp_path):
+    whole = torch.randn(2, 4, 32, 16, 16)
+    prediction = Rebuilt(whole + 0.5, whole * 0, whole, torch.tensor([1, 3]), torch.tensor([1, 2]))
+    metrics, per_sample = TASK.score([prediction], [{"id": ["a", "b"], "image": whole}])
+    assert metrics == {"reconstruction": pytest.approx(0.5), "rotation": 0.5} and [*per_sample["rotation"]] == [1, 0]
+    row = TASK.rows(prediction, {"id": ["a", "b"]}, [])[1]
+    assert row == {"id": "b", "reconstruction": 0.5, "turned": "180 degrees", "said": "270 degrees"}
+    assert TASK.draw(prediction, {"image": whole}).width > 600
+    with pytest.raises(BadInput, match="with masks first"):
+        TASK.write(prediction, {}, tmp_path)
+    segmented = Segmented(torch.zeros(1, 4, 4, 4, dtype=torch.int16), torch.zeros(1, 3, 4, 4, 4, dtype=torch.bool))
+    with pytest.raises(BadInput, match="their masks"):
+        TASK.score([segmented], [{"image": whole[:1]}])
+
+
+def test_the_middle_of_a_volume():
+    x = torch.arange(6.0).view(1, 1, 6, 1).repeat(1, 1, 1, 2)
+    assert central(x, (2, 2))[0, 0, :, 0].tolist() == [2, 3]
+    assert central(x, (8, 4))[0, 0, :, 1].tolist() == [0, 0, 1, 2, 3, 4, 5, 0]
+
+
 # sample data --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TASK.samples)
+@pytest.mark.parametrize("name", [n for n in TASK.samples if n != "tumours_unlabelled"])
 def test_samples_come_from_their_seed_and_hold_every_label(name):
     data = TASK.sample(name)
     sample = data.splits["train"][0]
@@ -228,6 +265,26 @@ def test_samples_come_from_their_seed_and_hold_every_label(name):
     assert len(data.splits["train"]) == 40 and len(data.splits["val"]) == 10
     with pytest.raises(UnknownName, match="tumours"):
         TASK.sample("tumour")
+
+
+def test_unlabelled_volumes_are_the_labelled_ones_without_masks():
+    data, whole = TASK.sample("tumours_unlabelled"), TASK.sample("tumours")
+    assert data.model_args == {"in_channels": 4, "spatial_dims": 3} and data.names == [] and len(data.splits["val"]) == 10
+    sample = data.splits["train"][3]
+    assert "label" not in sample and np.array_equal(sample["image"], whole.splits["train"][3]["image"])
+    assert "label" in whole.splits["train"][3] and whole.source["sample"] == "tumours"
+    out = TASK.transform({"channels": 4}, {"patch": (32, 32, 16), "flip": 0.5, "foreground": 0.7})(sample, RNG)
+    assert out["image"].shape == (4, 32, 32, 16)
+    assert {*TASK.collate([out, out])} == {"id", "image", "affine"}
+
+
+def test_labelled_crops_are_what_they_were_before_masks_could_lack():
+    raw = TASK.sample("tumours").splits["train"][0]
+    how = {"patch": (32, 32, 16), "flip": 0.5, "foreground": 0.0, "intensity_scale": 0.1}
+    with_mask, without = (
+        TASK.transform({"channels": 4}, how)(s, np.random.default_rng(3)) for s in (raw, {k: v for k, v in raw.items() if k != "label"})
+    )
+    np.testing.assert_array_equal(with_mask["image"], without["image"])
 
 
 def test_tumour_regions_are_nested():

@@ -5,11 +5,16 @@ each stage's output, normalised, go through residual convolutions as skips at 1/
 Each voxel gets one logit a region (overlapping regions, sigmoid) or a class (softmax), trained by the soft Dice loss
 
     L = 1 - 2 sum(p g) / (sum p^2 + sum g^2),   the mean over channels                       (section 3)
+
+Its encoder can be pre-trained on volumes without masks (Tang et al., CVPR 2022, arXiv 2111.14791; nn/volume_pretraining.py): without output
+channels there is no decoder but the three heads of pre-training. Given masks, a fit goes on from such a run with the decoder in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +23,13 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.features import Tap
+from formarium.model import Batch, Losses, Turn
+from formarium.model import Stage as Training
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.mlp import MLP
 from formarium.nn.nd_windows import WindowAttention, offsets
-from formarium.tasks.medical_segmentation.model import VolumeSegmenter
+from formarium.nn.volume_pretraining import UPSAMPLINGS, Answers, PretextHeads, damaged, pretext_losses, turned
+from formarium.tasks.medical_segmentation.model import Rebuilt, Segmented, VolumeSegmenter, central
 
 STRIDE = 32  # of the deepest map
 # starts of the eight interleaved sub-grids, in the order that each flavour of merging concatenates them
@@ -31,6 +39,10 @@ OCTANTS = {
     "merging_before_2025": [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)],
 }
 QUADRANTS = [(0, 0), (1, 0), (0, 1), (1, 1)]
+ENCODER = ("embed*", "stages.*")
+DECODER = ("encoders.*", "decoders.*", "head.*")
+# fields of two configs that must agree for one's encoder weights to mean the same in the other
+ENCODING = ("spatial_dims", "feature_size", "depths", "heads", "window", "mlp_ratio", "qkv_bias", "embed_norm", "merging", "v2")
 
 
 def convolution(c: SwinUNETR.Config) -> type[nn.Module]:
@@ -154,7 +166,7 @@ class SwinUNETR(VolumeSegmenter):
     @dataclass(frozen=True)
     class Config:
         in_channels: int = 4
-        out_channels: int = 3
+        out_channels: int = 3  # 0: no decoder, pre-training alone
         regions: tuple[tuple[int, ...], ...] = ()  # labels that make each output channel's region; empty: one class a channel, softmax
         spatial_dims: int = 3
         feature_size: int = 48
@@ -172,6 +184,13 @@ class SwinUNETR(VolumeSegmenter):
         v2: bool = False  # residual convolutions in front of each stage
         drop_path: float = 0.0
         cross_entropy: float = 0.0  # weight of a cross entropy beside the Dice loss
+        # pre-training
+        pretraining: str = ""  # how heads rebuild volumes: vae, deconv, large_kernel_deconv; "": without heads
+        pretraining_share: float = 0.0  # of a fit's steps, where there is a decoder; without one all of them
+        embedding: int = 512
+        temperature: float = 0.5
+        turn_plane: tuple[int, int] = (-2, -1)  # the two axes, counted from the last, that views are turned in
+        pretraining_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of turns, contrast, rebuilding
 
     def __init__(self, config: Config):
         c = config
@@ -181,12 +200,26 @@ class SwinUNETR(VolumeSegmenter):
             raise BadInput("merging", expected=", ".join(OCTANTS), got=repr(c.merging))
         if len(c.depths) != 4 or len(c.heads) != 4:
             raise BadInput("depths and heads", expected="four stages", got=f"{len(c.depths)} and {len(c.heads)}")
+        if c.pretraining not in ("", *UPSAMPLINGS):
+            raise BadInput("pretraining", expected=", ".join(UPSAMPLINGS), got=repr(c.pretraining))
+        if not c.out_channels and not c.pretraining:
+            raise BadInput("out_channels", expected="at least 1 (0 for pre-training, with pretraining given)", got="0")
+        if not 0 <= c.pretraining_share < 1:
+            fix = "out_channels=0 pre-trains alone"
+            raise BadInput("pretraining_share", expected="from 0 to below 1", got=str(c.pretraining_share), fix=fix)
+        if len({*c.turn_plane}) != 2 or not all(-c.spatial_dims <= axis < 0 for axis in c.turn_plane):
+            raise BadInput("turn_plane", expected=f"two of the axes -{c.spatial_dims} .. -1", got=str(c.turn_plane))
         super().__init__(c)
         f = c.feature_size
         self.embed = convolution(c)(c.in_channels, f, 2, stride=2)
         self.embed_norm = nn.LayerNorm(f) if c.embed_norm else nn.Identity()
         self.tokens = Tap("grid")
         self.stages = nn.ModuleList([Stage(c, i, rates) for i, rates in enumerate(drop_path_rates(c.drop_path, c.depths))])
+        self.encoder_channels: int | None = None  # of the file that load_encoder reads
+        if self.pretrains:
+            self.ssl = PretextHeads(16 * f, c.in_channels, c.pretraining, c.embedding, c.spatial_dims)
+        if not c.out_channels:
+            return
         widths = (c.in_channels, f, 2 * f, 4 * f, 16 * f)
         self.encoders = nn.ModuleList([ResidualConvs(c, w, f if i == 0 else w) for i, w in enumerate(widths)])
         ups = ((16, 8), (8, 4), (4, 2), (2, 1), (1, 1))
@@ -194,21 +227,31 @@ class SwinUNETR(VolumeSegmenter):
         self.features = Tap("map")
         self.head = convolution(c)(f, c.out_channels, 1)
 
+    @property
+    def pretrains(self) -> float:
+        """The share of a fit's steps that goes to pre-training."""
+        c = self.config
+        return 1.0 if not c.out_channels else c.pretraining_share if c.pretraining else 0.0
+
     def encode(self, image: Tensor) -> list[Tensor]:
         """Five maps [batch, f * 2^i, *(spatial / 2^(i + 1))] for i = 0 .. 4, normalised over channels."""
-        x = self.tokens(self.embed_norm(self.embed(image).movedim(1, -1)))
-        out = [self._leaving(x)]
+        return [self._leaving(x) for x in self._maps(image)]
+
+    def _maps(self, image: Tensor) -> list[Tensor]:
+        out = [self.tokens(self.embed_norm(self.embed(image).movedim(1, -1)))]
         for stage in self.stages:
-            x = stage(x)
-            out.append(self._leaving(x))
+            out.append(stage(out[-1]))
         return out
 
     def _leaving(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:]) if self.config.normalise else x
         return x.movedim(-1, 1).contiguous()
 
-    def forward(self, image: Tensor) -> Tensor:
-        """float [batch, channels, *spatial], sides multiples of 32, to logits [batch, out_channels, *spatial]."""
+    def forward(self, image: Tensor) -> Tensor | Answers:
+        """float [batch, channels, *spatial], sides multiples of 32, to logits [batch, out_channels, *spatial]; without a decoder to
+        what the heads of pre-training say."""
+        if not self.config.out_channels:
+            return self.answers(image)
         x0, x1, x2, x3, x4 = self.encode(image)
         raw, first, second, third, deepest = self.encoders
         skips = (x3, third(x2), second(x1), first(x0), raw(image))
@@ -216,6 +259,76 @@ class SwinUNETR(VolumeSegmenter):
         for decoder, skip in zip(self.decoders, skips, strict=True):
             y = decoder(y, skip)
         return self.head(self.features(y))
+
+    # pre-training -----------------------------------------------------------------------------------------------------
+
+    def answers(self, image: Tensor) -> Answers:
+        """What the heads of pre-training say of volumes [batch, channels, *spatial]."""
+        return self.ssl(self._leaving(self._maps(image)[-1]))
+
+    def pretraining_loss(self, batch: Batch) -> Losses:
+        """Of two views of every volume, each turned and damaged by itself. Labels aren't looked at."""
+        c = self.config
+        self.check_input(batch["image"])
+        (one, turns), (other, more) = (turned(batch["image"], c.turn_plane) for _ in range(2))
+        answers = self.answers(torch.cat([damaged(one), damaged(other)]))
+        whole = torch.cat([one, other])
+        return Losses(*pretext_losses(answers, torch.cat([turns, more]), whole, c.temperature, c.pretraining_weights))
+
+    def training_stages(self) -> Sequence[Training]:
+        share = self.pretrains
+        if not share:
+            return (Training(),)
+        pre = Training("pre-train", (Turn("pretraining_loss", (*ENCODER, "ssl.*")),), share)
+        return (pre,) if share == 1 else (pre, Training("fine-tune", (Turn("loss", (*ENCODER, *DECODER)),), 1 - share))
+
+    def predict(self, batch: Batch) -> Segmented | Rebuilt:  # type: ignore[override]
+        """Masks (see VolumeSegmenter); without a decoder, what is rebuilt of the volume's centre, turned and damaged at random."""
+        if self.config.out_channels:
+            return super().predict(batch)
+        whole, turns = turned(central(batch["image"].float(), self.window_size), self.config.turn_plane)
+        view = damaged(whole)
+        answers = self(view)
+        return Rebuilt(answers.rebuilt, view, whole, answers.turn.argmax(1), turns)
+
+    def load_encoder(self, source: str | Path | SwinUNETR, in_channels: int | None = None) -> SwinUNETR:
+        """Take the encoder's weights from a pre-trained one and leave the rest as it is; returns self.
+
+        source: a file of weights, such as the released model_swinvit.pt (a decoder or heads in it are passed over), or a SwinUNETR, such as
+        a pre-training run's. in_channels: how many channels it was trained on, where they aren't the network's: its patch embedding is then
+        shared evenly, so that channels which all hold the same image give the tokens that this image gave before.
+        model_swinvit.pt was trained with merging="merging_before_2025" and means the same only there.
+        Raises BadCheckpoint for a file that doesn't fit, BadInput for another number of channels or a model of other settings.
+        """
+        self.encoder_channels = in_channels or self.config.in_channels
+        try:
+            if not isinstance(source, SwinUNETR):
+                self.load_authors(source, skip=(*DECODER, "ssl.*"))
+                return self
+            for key in ENCODING:
+                own, other = (getattr(m.config, key) for m in (self, source))
+                if own != other:
+                    raise BadInput("the encoder to take over", expected=f"{key} = {own}", got=str(other))
+            state = {k: v for k, v in source.state_dict().items() if k.startswith(("embed", "stages."))}
+            self.load_state_dict(self.fitted(state), strict=False)
+            return self
+        finally:
+            self.encoder_channels = None
+
+    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An encoder's weights with its patch embedding for the network's number of channels, while `load_encoder` asks for it."""
+        weight, own = state.get("embed.weight"), self.config.in_channels
+        if self.encoder_channels is None or weight is None:
+            return state
+        found = weight.shape[1]
+        if found != self.encoder_channels:
+            what = f"load_encoder(..., in_channels={found}) shares its patch embedding among the network's {own}"
+            raise BadInput("the encoder to take over", expected=f"{self.encoder_channels} channels", got=str(found), fix=what)
+        if found == own:
+            return state
+        return {**state, "embed.weight": (weight.sum(1, keepdim=True) / own).expand(-1, own, *weight.shape[2:]).clone()}
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def no_weight_decay(self) -> set[str]:
         return {"*.table"}

@@ -25,7 +25,7 @@ class MedicalSegmentation(Task):
     metric = "dice"
     higher_is_better = True
     scored = ("label", "affine", "id", "regions")
-    samples = ("tumours", "tumours_2d", "organs")
+    samples = ("tumours", "tumours_2d", "organs", "tumours_unlabelled")
     recipe_keys = ("patch", "flip", "foreground", "intensity_scale", "intensity_shift")
     published_defaults: Mapping[str, Any] = {"flip": 0.5}
     demo_defaults: Mapping[str, Any] = {"flip": 0.5, "intensity_scale": 0.1, "intensity_shift": 0.1}

@@ -3,6 +3,7 @@
 BraTS     folder/CASE/CASE_{t1,t1ce,t2,flair,seg}.nii.gz     four channels; regions TC, WT, ET of the labels 1, 2, 4
 MSD       folder/{imagesTr,labelsTr}/NAME.nii.gz, dataset.json with the labels' names
 plain     folder/{images,labels}/NAME.nii.gz, or in folder/train/ and folder/val/
+unlabelled  any of these in which no case has a mask: volumes for pre-training
 An image is a volume [x, y, z], a slice [x, y], or has its channels on the last axis of four.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from formarium.errors import BadInput, MissingExtra
 from formarium.task import Data, Sample, file_stem
-from formarium.tasks.medical_segmentation.model import is_whole
+from formarium.tasks.medical_segmentation.model import Rebuilt, is_whole
 
 BRATS_REGIONS = ((1, 4), (1, 2, 4), (4,))
 BRATS_NAMES = ("tumour core", "whole tumour", "enhancing tumour")
@@ -103,13 +104,15 @@ def as_channels(values: np.ndarray) -> np.ndarray:
 
 
 def read(
-    path: str | Path, *, regions: Sequence[Sequence[int]] | None = None, holdout: float = 0.2, seed: int = 0, strict: bool = False
-) -> Data:
+    path: str | Path, *, regions: Sequence[Sequence[int]] | None = None, holdout: float = 0.2, seed: int = 0, strict: bool = False,
+    masks: bool | None = None,
+) -> Data:  # fmt: skip
     """The cases of a folder in one of the layouts above.
 
     regions: sets of labels that are segmented as overlapping regions; by default the BraTS ones in that layout, none elsewhere (then every
     label is a class). holdout: the share that becomes "val" where the folder has no split. strict: fail on the first case that can't be
-    used, rather than leave it out and say so in `notes`. Every case is read once, to check it.
+    used, rather than leave it out and say so in `notes`. Every case is read once, to check it. masks: False to take every image, whatever
+    the folder's layout, without its mask, for pre-training; True to ask for masks; by default they may lack in all cases or in none.
     Raises BadInput: no such folder, a file, no cases, no masks, too few, all broken, channels or dimensions that differ.
     """
     nibabel()
@@ -120,18 +123,24 @@ def read(
         raise BadInput(str(path), expected="a folder of NIfTI files", got="a file", fix="give the folder")
     given = {SPLITS[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in SPLITS}
     found = {s: _scan(d) for s, d in given.items()} if "train" in given and len(given) > 1 else {"all": _scan(root)}
+    if masks is False:
+        found = {s: [Case(c.id, c.images) for c in cases] for s, cases in found.items()}
+        if not any(found.values()):
+            found = {"all": [Case(_stem(f), (str(f),)) for f in _files(root)]}
     every = [c for cases in found.values() for c in cases]
     if not every:
         count = len(_files(root))
         got = f"{count} NIfTI files, in another order" if count else "no NIfTI file"
         raise BadInput(str(path), expected="CASE/CASE_{t1,t1ce,t2,flair,seg}.nii.gz, or images/ and labels/", got=got)
+    labelled = masks is True or any(c.label is not None for c in every)
     looked, broken = {}, {}
     for case in every:
         try:
-            if case.label is None:
+            if labelled and case.label is None:
                 raise BadInput(case.id, expected="a mask", got="none")
             sample = Cases([case])[0]
-            looked[case] = sample["image"].shape[0], sample["image"].ndim - 1, {*np.unique(sample["label"]).tolist()}
+            values = {*np.unique(sample["label"]).tolist()} if labelled else set()
+            looked[case] = sample["image"].shape[0], sample["image"].ndim - 1, values
         except BadInput as e:
             if strict:
                 raise
@@ -146,7 +155,7 @@ def read(
     brats = all(len(c.images) == len(CHANNELS) for c in looked)
     chosen = tuple(map(tuple, regions if regions is not None else BRATS_REGIONS if brats else ()))
     labels = set().union(*(v[2] for v in looked.values()))
-    args, names = _targets(root, labels, chosen, brats and regions is None)
+    args, names = _targets(root, labels, chosen, brats and regions is None) if labelled else ({}, [])
     splits = {s: [c for c in cases if c in looked] for s, cases in found.items()}
     if "all" in splits:
         splits = _split(splits["all"], holdout, seed)
@@ -156,6 +165,26 @@ def read(
     model_args = {"in_channels": channels, "spatial_dims": dims, **args}
     datasets: dict[str, Any] = {s: Cases(cases) for s, cases in splits.items()}
     return Data(root.name, "medical-segmentation", datasets, model_args, names, notes, {"path": str(root)})
+
+
+def without_masks(data: Data) -> Data:
+    """The same volumes for pre-training: no labels, and nothing said of what they would be."""
+    splits: dict[str, Any] = {name: Unlabelled(cases) for name, cases in data.splits.items()}
+    kept = {k: v for k, v in data.model_args.items() if k in ("in_channels", "spatial_dims")}
+    return Data(data.name, data.task, splits, kept, [], [*data.notes], {**data.source})
+
+
+@dataclass
+class Unlabelled:
+    """The samples of a split without their labels."""
+
+    cases: Any
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {k: v for k, v in self.cases[index].items() if k != "label"}
 
 
 def _targets(root: Path, labels: set[int], regions: tuple[tuple[int, ...], ...], brats: bool) -> tuple[dict[str, Any], list[str]]:
@@ -251,6 +280,8 @@ def from_memory(value: Any, index: int) -> Sample:
 
 def write(prediction: Any, batch: Mapping[str, Any], folder: Path) -> list[Path]:
     nib, paths = nibabel(), []
+    if isinstance(prediction, Rebuilt):
+        raise BadInput("prediction", expected="masks", got="an encoder in pre-training", fix="fit it on volumes with masks first")
     for i, label in enumerate(prediction.label):
         affine = batch["affine"][i].cpu().numpy() if "affine" in batch else np.eye(4)
         paths.append(folder / f"{file_stem(batch['id'][i])}.nii.gz")

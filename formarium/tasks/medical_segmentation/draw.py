@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from formarium.tasks.medical_segmentation.metrics import dice, truth
+from formarium.tasks.medical_segmentation.model import Rebuilt
 
 SIDE, CAPTION, PAD = 220, 20, 8
 INK = (40, 44, 52)
@@ -16,7 +17,12 @@ COLOURS = np.array([(230, 90, 60), (60, 140, 230), (250, 200, 50), (90, 180, 110
 
 
 def draw(prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = (), most: int = 4) -> Image.Image:
-    """Up to `most` rows: the last channel, the prediction's masks over it, the true ones where known. Smaller regions lie above larger."""
+    """Up to `most` rows: the last channel, the prediction's masks over it, the true ones where known. Smaller regions lie above larger.
+
+    Of an encoder in pre-training: the last channel as it was, as the encoder saw it, as it was rebuilt.
+    """
+    if isinstance(prediction, Rebuilt):
+        return _draw_rebuilt(prediction, most)
     images, masks = batch["image"][:most].float().cpu().numpy(), prediction.mask[:most].cpu().numpy()
     known = "label" in batch
     count = masks.shape[1]
@@ -39,6 +45,20 @@ def draw(prediction: Any, batch: Mapping[str, Any], names: Sequence[str] = (), m
         pen.rectangle((x, y + 2, x + 10, y + 12), fill=tuple(int(v) for v in COLOURS[r % len(COLOURS)]))
         pen.text((x + 14, y), name, INK, font)
         x += 24 + int(pen.textlength(name, font))
+    return sheet
+
+
+def _draw_rebuilt(prediction: Rebuilt, most: int) -> Image.Image:
+    columns = [("volume", prediction.whole), ("seen", prediction.damaged), ("rebuilt", prediction.image)]
+    count = min(most, len(prediction.whole))
+    sheet = Image.new("RGB", (len(columns) * (SIDE + PAD) + PAD, count * (SIDE + CAPTION + PAD) + PAD), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for i in range(count):
+        for j, (text, values) in enumerate(columns):
+            x, y = PAD + j * (SIDE + PAD), PAD + i * (SIDE + CAPTION + PAD)
+            grey = values[i, -1].detach().float().cpu().numpy()
+            sheet.paste(_tile(_overlay(grey if grey.ndim == 2 else grey[..., grey.shape[-1] // 2], None)), (x, y))
+            pen.text((x, y + SIDE + 2), text, INK, font)
     return sheet
 
 

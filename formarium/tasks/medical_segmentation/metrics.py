@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from formarium.errors import BadInput
 from formarium.task import Data
-from formarium.tasks.medical_segmentation.model import region_masks
+from formarium.tasks.medical_segmentation.model import Rebuilt, region_masks
 from formarium.tasks.medical_segmentation.prepare import Prepare
 
 
@@ -55,7 +56,17 @@ def spacing_of(batch: Mapping[str, Any], index: int, dims: int) -> np.ndarray | 
 
 
 def score(predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """dice, and hausdorff95 in millimetres (voxels, where files say nothing): means over regions and cases; and each of them by region."""
+    """dice, and hausdorff95 in millimetres (voxels, where files say nothing): means over regions and cases; and each of them by region.
+
+    Of an encoder in pre-training: reconstruction, the mean absolute error, and rotation, the share of turns told right.
+    Raises BadInput for volumes without masks.
+    """
+    if predictions and isinstance(predictions[0], Rebuilt):
+        errors = np.concatenate([_errors(p).numpy() for p in predictions])
+        right = np.concatenate([(p.turn == p.turns).float().cpu().numpy() for p in predictions])
+        return {"reconstruction": float(errors.mean()), "rotation": float(right.mean())}, {"reconstruction": errors, "rotation": right}
+    if any("label" not in batch for batch in batches):
+        raise BadInput("volumes to score on", expected="their masks", got="none")
     cases = []
     for prediction, batch in zip(predictions, batches, strict=True):
         for i, masks in enumerate(prediction.mask.cpu().numpy()):
@@ -69,14 +80,26 @@ def score(predictions: Sequence[Any], batches: Sequence[Mapping[str, Any]]) -> t
     return {k: float(v.mean()) for k, v in per_sample.items()}, per_sample
 
 
+def _errors(prediction: Rebuilt) -> torch.Tensor:
+    """Mean absolute error of each rebuilt volume, float [batch] on the CPU."""
+    return (prediction.image.float() - prediction.whole.float()).abs().flatten(1).mean(1).detach().cpu()
+
+
 def _regions(batch: Mapping[str, Any], index: int) -> Sequence[Sequence[int]]:
     return batch["regions"][index] if "regions" in batch else ()
 
 
 def rows(prediction: Any, batch: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
     """One dict a case: id, each region's volume in millilitres (voxels, where files say nothing), and its Dice where the mask is known."""
-    out = []
-    ids = batch.get("id") or [str(i) for i in range(len(prediction.mask))]
+    out: list[dict[str, Any]] = []
+    ids = batch.get("id") or [str(i) for i in range(len(prediction[0]))]
+    if isinstance(prediction, Rebuilt):
+        errors = _errors(prediction).tolist()
+        turns = zip(prediction.turn.tolist(), prediction.turns.tolist(), strict=True)
+        return [
+            {"id": i, "reconstruction": round(e, 4), "turned": f"{90 * t} degrees", "said": f"{90 * s} degrees"}
+            for i, e, (s, t) in zip(ids, errors, turns, strict=True)
+        ]
     for i, masks in enumerate(prediction.mask.cpu().numpy()):
         known = [*names] if len(names) == len(masks) else [f"region {r + 1}" for r in range(len(masks))]
         step = spacing_of(batch, i, masks[0].ndim)

@@ -2,7 +2,7 @@
 
 A batch holds
     image   float32 [batch, channels, *spatial], each channel with mean 0 and deviation 1 over its non-zero voxels; zero elsewhere
-    label   int64 [batch, *spatial], 0 for background                                        (training and evaluation)
+    label   int64 [batch, *spatial], 0 for background                         (training and evaluation; not in pre-training)
     affine  float64 [batch, 4, 4], from voxel indices to millimetres                         (where the files have one)
     id      list of strings
 *spatial is three sides (in the order of the file's axes), or two.
@@ -30,6 +30,20 @@ class Segmented(NamedTuple):
 
     label: Tensor
     mask: Tensor
+
+
+class Rebuilt(NamedTuple):
+    """What an encoder in pre-training makes of volumes without a decoder.
+
+    image: the rebuilt voxels, damaged: what it saw, whole: the truth, all float [batch, channels, *window]. turn: by how many quarter turns
+    the view is turned, as it says, turns: the truth, both int64 [batch].
+    """
+
+    image: Tensor
+    damaged: Tensor
+    whole: Tensor
+    turn: Tensor
+    turns: Tensor
 
 
 class VolumeSegmenter(Model):
@@ -61,6 +75,11 @@ class VolumeSegmenter(Model):
         """Sides of the sliding window; the card's first ones, where it has more than the network."""
         window = self.preprocessing["window"]
         return (window,) * self.config.spatial_dims if isinstance(window, int) else tuple(window)[: self.config.spatial_dims]
+
+    def study(self, data: Any) -> None:
+        if self.config.out_channels and "out_channels" not in data.model_args:
+            fix = "pre-train an encoder on them: a variant with out_channels = 0"
+            raise BadInput(f"{data.name}", expected="volumes with masks", got="volumes without", fix=fix)
 
     def forward_batch(self, batch: Batch) -> Any:
         return self(batch["image"])
@@ -120,6 +139,12 @@ class VolumeSegmenter(Model):
 
     def check_size(self, *sides: int) -> None:
         """Raise BadInput where the network can't take this size."""
+
+
+def central(image: Tensor, sides: Sequence[int]) -> Tensor:
+    """The middle of volumes [batch, channels, *spatial], with zeros around where they are smaller: [batch, channels, *sides]."""
+    room = [side - have for side, have in zip(sides, image.shape[2:], strict=True)]
+    return F.pad(image, [pad for r in reversed(room) for pad in (r // 2, r - r // 2)])
 
 
 def dice_loss(probabilities: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:

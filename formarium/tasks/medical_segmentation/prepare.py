@@ -60,14 +60,15 @@ class Prepare:
 
     def augment(self, out: Sample, rng: np.random.Generator) -> None:
         recipe, spatial = self.recipe or {}, out["image"].ndim - 1
+        keys = [k for k in ("image", "label") if k in out]
         patch = recipe.get("patch")
         if patch:
             sides = (patch,) * spatial if isinstance(patch, int) else tuple(patch)[:spatial]
             cut = self.crop(out, sides, recipe.get("foreground", 0.0), rng)
-            for key in ("image", "label"):
+            for key in keys:
                 out[key] = _cut(out[key], cut, sides)
         flips = [-1 - axis for axis in range(spatial) if rng.random() < recipe.get("flip", 0.5)]
-        for key in ("image", "label"):
+        for key in keys:
             out[key] = np.ascontiguousarray(np.flip(out[key], flips))
         shape = (out["image"].shape[0], *(1,) * spatial)
         scale, shift = (recipe.get(f"intensity_{k}", 0.0) for k in ("scale", "shift"))
@@ -77,9 +78,9 @@ class Prepare:
 
     def crop(self, out: Sample, sides: Sequence[int], foreground: float, rng: np.random.Generator) -> list[int]:
         """Where a crop begins along each axis."""
-        full = out["label"].shape
+        full = out["image"].shape[1:]
         room = [max(0, f - s) for f, s in zip(full, sides, strict=True)]
-        if rng.random() < foreground and (places := np.flatnonzero(out["label"])).size:
+        if rng.random() < foreground and "label" in out and (places := np.flatnonzero(out["label"])).size:
             centre = np.unravel_index(int(rng.choice(places)), full)
             low = [int(c) - s // 2 + int(rng.integers(-s // 4, s // 4 + 1)) for c, s in zip(centre, sides, strict=True)]
             return [min(max(a, 0), r) for a, r in zip(low, room, strict=True)]

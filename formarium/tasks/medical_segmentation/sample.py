@@ -10,12 +10,12 @@ from scipy.ndimage import gaussian_filter
 
 from formarium.errors import UnknownName
 from formarium.task import Data, Sample
-from formarium.tasks.medical_segmentation.data import BRATS_NAMES, BRATS_REGIONS
+from formarium.tasks.medical_segmentation.data import BRATS_NAMES, BRATS_REGIONS, without_masks
 
 # mean intensity of brain, oedema (2), core (1), enhancing rim (4) in T1, T1 with contrast, T2, FLAIR, as radiologists see them
 CONTRAST = {0: (1.0, 1.0, 1.0, 1.0), 2: (0.92, 0.95, 1.3, 1.5), 1: (0.7, 0.75, 1.45, 1.2), 4: (0.9, 1.5, 1.3, 1.25)}
 NOISE, BIAS = 0.16, 0.2
-SIDES = {"tumours": (64, 40, 40), "tumours_2d": (96, 96), "organs": (64, 40, 40)}
+SIDES = {"tumours": (64, 40, 40), "tumours_2d": (96, 96), "organs": (64, 40, 40), "tumours_unlabelled": (64, 40, 40)}
 COUNTS = {"train": 40, "val": 10}
 ORGANS = ("large", "round", "long")
 
@@ -37,9 +37,14 @@ class Volumes:
 def sample(name: str, seed: int = 0) -> Data:
     """ "tumours": 40 + 10 volumes 64x40x40 of four contrasts: an ellipsoid of oedema around a core with an enhancing rim, of any pose, in a
     head with a smooth bias field and noise. "tumours_2d": the same in slices of 96x96. "organs": one contrast, three organs, classes.
+    "tumours_unlabelled": the tumours without their masks, for pre-training.
     """
     if name not in SIDES:
         raise UnknownName("sample", name, SIDES)
+    if name == "tumours_unlabelled":
+        found = without_masks(sample("tumours", seed))
+        found.name, found.source = name, {"sample": name, "seed": seed}
+        return found
     sides, make = SIDES[name], organs if name == "organs" else tumour
     splits: dict[str, Any] = {}
     for number, (split, count) in enumerate(COUNTS.items()):
