@@ -168,7 +168,8 @@ def calling(model: nn.Module, call: Callable[[], Any]) -> Callable[[], Any]:
     """What else a model is asked, in the same way."""
 
     def run() -> Any:
-        model.eval()
+        if model.training:  # it goes through all modules
+            model.eval()
         with torch.inference_mode():
             return call()
 

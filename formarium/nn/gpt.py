@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from formarium.errors import BadInput
 from formarium.nn.attention import merge_heads, split_heads
-from formarium.nn.mlp import gelu_between
+from formarium.nn.mlp import between
 
 
 class Attention(nn.Module):
@@ -33,7 +33,7 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_between(x, self.c_fc, self.c_proj, "tanh")
+        return between(x, self.c_fc, self.c_proj, "gelu_tanh")
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from formarium.nn.convs import ConvBN
 from formarium.nn.maps import Grid, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
-from formarium.nn.ops.gelu import gelu
+from formarium.nn.ops.activations import gelu
 
 
 class LightStem(nn.Module):

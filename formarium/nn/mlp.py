@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from formarium.nn.ops.activations import activate
 from formarium.nn.ops.feed_forward import feed_forward
 
 
@@ -16,11 +17,19 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, out or dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_between(x, self.fc1, self.fc2)
+        return between(x, self.fc1, self.fc2)
 
 
-def gelu_between(x: Tensor, fc1: nn.Module, fc2: nn.Module, approximate: str = "none") -> Tensor:
-    """fc2(gelu(fc1(x))), fast where both are plain linear layers (a method may have put others in their place: int8, adapters)."""
+def between(x: Tensor, fc1: nn.Module, fc2: nn.Module, activation: str = "gelu") -> Tensor:
+    """fc2(activation(fc1(x))) with "gelu", "gelu_tanh" or "silu", fast where both are plain linear layers (a method may have put others
+    in their place: int8, adapters)."""
     if type(fc1) is nn.Linear and type(fc2) is nn.Linear:
-        return feed_forward(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, approximate)
-    return fc2(nn.functional.gelu(fc1(x), approximate=approximate))
+        return feed_forward(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation)
+    return fc2(activate(fc1(x), activation))
+
+
+def activated(x: Tensor, fc: nn.Module, activation: str = "gelu") -> Tensor:
+    """activation(fc(x)), in the product's own memory where fc is a plain linear layer and no gradient is wanted."""
+    if type(fc) is nn.Linear:
+        return activate(nn.functional.linear(x, fc.weight, fc.bias), activation, own=True)
+    return activate(fc(x), activation)

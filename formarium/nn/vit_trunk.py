@@ -14,7 +14,7 @@ from formarium.nn.attention import SelfAttention, biased_attention, merge_heads,
 from formarium.nn.drop import DropPath
 from formarium.nn.maps import LayerNorm2d, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
-from formarium.nn.ops.gelu import gelu
+from formarium.nn.ops.activations import gelu
 from formarium.nn.windows import from_groups, relative_offsets, to_groups
 
 Grid = tuple[int, int]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from formarium import create
+from formarium import create, trace
 from formarium.engine.records import replay
 from formarium.errors import BadInput, UnknownName
 from formarium.models.video.vdt import TemporalAttention
@@ -136,6 +136,113 @@ def test_labels_are_dropped_in_training_only():
     assert 20 < int((model.train()._labels(t) == 1).sum()) < 90
 
 
+# the paper's other ways to give known frames ------------------------------------------------------------------------
+
+WAYS = ("concat", "cross", "adaln")
+
+
+def shapes(model):
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+
+def test_concatenation_has_the_released_model_s_weights_and_the_others_their_own_beside_them():
+    mask, d = shapes(micro()), 64
+    more = {way: {k: v for k, v in shapes(micro(conditioning=way)).items() if k not in mask} for way in WAYS}
+    assert all(mask.items() <= shapes(micro(conditioning=way)).items() for way in WAYS) and more["concat"] == {}
+    linear = {f"known_embed.{fc}.{p}": (d, d) if p == "weight" else (d,) for fc in ("fc1", "fc2") for p in ("weight", "bias")}
+    assert more["adaln"] == linear
+    own = {"norm.weight": (d,), "norm.bias": (d,), "norm_known.weight": (d,), "norm_known.bias": (d,), "q.weight": (d, d), "q.bias": (d,)}
+    own |= {"kv.weight": (2 * d, d), "kv.bias": (2 * d,), "out.weight": (d, d), "out.bias": (d,)}
+    assert more["cross"] == {f"blocks.{i}.cross.{k}": v for i in range(3) for k, v in own.items()}
+
+
+def test_concatenated_frames_are_the_released_network_under_the_prediction_mask():
+    plain, model, x0 = micro(), micro(conditioning="concat"), torch.randn(2, 8, 1, 16, 16)
+    x, t = model.example(2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t), plain(x, t)[:, 4:])
+        mask, noise = torch.zeros(2, 8, 16, 16), torch.randn_like(x0)
+        mask[:, 4:] = 1
+        ours, masked = model.prediction_losses(x0, t, noise), plain.masked_losses(x0, t, noise, mask)
+    torch.testing.assert_close(ours["mse"], 2 * masked["mse"])  # the mean is over half the frames
+    torch.testing.assert_close(ours["vb"], 2 * masked["vb"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_known_frame_and_no_more_is_heard(way):
+    model = micro(conditioning=way)
+    x, t = model.example(2)
+    with torch.no_grad():
+        out = model(x, t)
+        assert out.shape == (2, 4, 2, 16, 16)
+        for frame in range(4):
+            other = x.clone()
+            other[0, frame, :, 12:, 12:] += 1
+            change = (model(other, t) - out).abs().amax((2, 3, 4))
+            assert change[0].min() > 1e-4 and change[1].max() == 0  # in every generated frame, and in no other clip
+        assert model(x, t, 6).shape[1] == 2 and model(x, t, 0).shape[1] == 8
+        # a concatenated frame is the same token whether it counts as known or as noisy
+        assert torch.equal(model(x, t, 6), out[:, 2:]) == (way == "concat")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_generated_frames_are_asked_of_it(way):
+    model = micro(conditioning=way, known_frames=3)
+    x0, t = model.encode(model.example_batch(2)), torch.tensor([500, 20])
+    noise = torch.randn_like(x0)
+    terms = model.prediction_losses(x0, t, noise)
+    x_t = model.diffusion.q_sample(x0, t, noise)
+    said = model(torch.cat([x0[:, :3], x_t[:, 3:]], 1), t)[:, :, :1]
+    torch.testing.assert_close(terms["mse"], (said - x0[:, 3:]).square().mean((1, 2, 3, 4)))  # it predicts the clean clip
+    elsewhere = noise.clone()
+    elsewhere[:, :3] += 1
+    again = model.prediction_losses(x0, t, elsewhere)
+    assert torch.equal(again["mse"], terms["mse"]) and torch.equal(again["vb"], terms["vb"])
+    losses = model.train().loss(model.example_batch(2))
+    losses.total.backward()
+    assert {*losses.terms} == {"mse", "vb"} and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_known_frames_come_back_and_unknown_ones_are_never_read(way):
+    model = micro(conditioning=way)
+    x0 = torch.randn(3, 8, 1, 16, 16)
+    mask = torch.ones(3, 8, 16, 16)
+    mask[0, :4], mask[1, :2] = 0, 0  # four frames, two, none
+    other = torch.where(mask[:, :, None] == 1, torch.randn_like(x0), x0)
+    with torch.no_grad():
+        for sampler in ("ddim", "ddpm"):
+            a, b, c = (model.sample(z, mask, sampler, 2, torch.Generator().manual_seed(s)) for z, s in ((x0, 0), (other, 0), (x0, 1)))
+            assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal((a - x0) * (1 - mask[:, :, None]), torch.zeros_like(x0))
+        alone = model.sample(x0[:1], mask[:1], "ddim", 2, torch.Generator().manual_seed(0))
+        noise = torch.Generator().manual_seed(0)
+        torch.testing.assert_close(alone, model.sample(x0, mask, "ddim", 2, noise)[:1], rtol=1e-4, atol=1e-4)
+        video = model.predict(model.example_batch(2)).video
+    assert torch.equal(video[:, :4], model.example_batch(2)["video"][:, :4])
+
+
+def test_frames_that_are_not_the_first_ones_need_the_mask():
+    model = micro(conditioning="cross")
+    x0, rng = torch.randn(1, 8, 1, 16, 16), np.random.default_rng(0)
+    for condition in ("backward", "interpolation", "completion"):
+        mask = torch.from_numpy(condition_mask(condition, 8, 16, 16, rng))[None]
+        with pytest.raises(BadInput, match=r"the first ones known.*conditioning="):
+            model.sample(x0, mask)
+    with pytest.raises(UnknownName, match="did you mean"):
+        micro(conditioning="adapter")
+    with pytest.raises(BadInput, match="known_frames: expected 1 to 7 of 8, got 8"):
+        micro(conditioning="concat", known_frames=8)
+    with pytest.raises(BadInput, match="known: expected 0 to 7"):
+        model(*model.example(1), 8)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_its_blocks_can_be_read_whatever_the_way(way):
+    model = micro(conditioning=way)
+    found = trace(model, model.example_batch(1), at="blocks.*")
+    assert len(found) == 3 and all(f.tokens.shape[1] == (128 if way == "concat" else 64) for f in found.values())
+
+
 # prediction ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,9 +322,10 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.slow
-def test_it_learns_to_go_on_with_a_movement():
+@pytest.mark.parametrize("name", ["vdt_micro", "vdt_concat_micro"])
+def test_it_learns_to_go_on_with_a_movement(name):
     torch.manual_seed(0)
-    model = create("vdt_micro", depth=2, num_classes=1).train()
+    model = create(name, depth=2, num_classes=1).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
     for step in range(150):
         total = model.loss(model.example_batch(8, seed=step)).total

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -213,6 +215,36 @@ def test_every_mechanism_gives_columns_that_tell_the_target():
             y = (y - y.mean()) / (y.std() + 1e-12)
             told.append(ExtraTreesRegressor(30, random_state=0).fit(x[:110], y[:110]).score(x[110:], y[110:]))
         assert max(told) > 0.6, (make.__name__, told)  # many processes are too rough to be told from 110 rows, by design
+
+
+def test_the_released_run_s_prior_is_the_default_and_the_wider_search_space_an_option(monkeypatch):
+    seen = []
+    for name in ("by_rank", "by_value", "causes_of"):
+        real = getattr(priors, name)
+        monkeypatch.setattr(priors, name, lambda *args, name=name, real=real: seen.append((name, *args)) or real(*args))
+
+    def asked(prior):
+        seen.clear()
+        for i in range(60):
+            draw(prior, np.random.default_rng(i))
+        targets = [call for call in seen if call[0] != "causes_of"]
+        return {call[0] for call in targets}, {round(call[3], 2) for call in targets}, {call[3] for call in seen if call[0] == "causes_of"}
+
+    plain = Prior(rows=40, features=5, context=(10, 30), categorical=0.0)
+    assert asked(plain) == ({"by_rank"}, {0.0}, {"normal"})
+    borders, ordered, causes = asked(replace(plain, borders="either", ordered=0.5, mixed_causes=True))
+    assert borders == {"by_rank", "by_value"} and causes == {"normal", "mixed"} and max(ordered) > 0.4 and min(ordered) < 0.1
+    with pytest.raises(UnknownName, match="either"):
+        Prior(borders="eithr")
+
+
+def test_a_network_that_grows_without_end_gives_a_table_that_no_loss_counts(monkeypatch):
+    monkeypatch.setattr(priors, "_weights", lambda a, b, *args: (np.full((a, b), 1e38, np.float32), np.zeros(b, np.float32)))
+    x, y = priors.network(40, 5, np.random.default_rng(0))
+    assert x.shape == (40, 5) and not x.any() and not y.any()
+    monkeypatch.setattr(priors, "gaussian_process", None)
+    x, label, _ = draw(Prior(rows=40, features=5, context=(10, 30), gaussian_process=False, categorical=0.0), np.random.default_rng(0))
+    assert (label == IGNORED).all() and np.isfinite(x).all()
 
 
 def test_mixed_causes_hold_categories_and_counts():

@@ -1,8 +1,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.datasets import load_iris
+from sklearn.datasets import load_breast_cancer, load_iris, load_wine
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from formarium import create
@@ -25,6 +28,17 @@ def test_it_beats_the_majority_far_on_iris_and_gives_probabilities():
     np.testing.assert_allclose(p.sum(1), 1)
     np.testing.assert_allclose(model.predict_proba(b[:3]), p[:3], atol=1e-9)
     assert cross_val_score(TabPFNClassifier(ensemble=1), x, y, cv=3).mean() > 0.8
+
+
+@pytest.mark.parametrize("load", [load_wine, load_breast_cancer])
+def test_it_comes_near_logistic_regression_on_tables_of_many_columns(load):
+    x, y = load(return_X_y=True)
+    told, rival = [], []
+    for seed in range(3):
+        a, b, c, d = train_test_split(x, y, test_size=0.5, stratify=y, random_state=seed)
+        told.append(TabPFNClassifier().fit(a, c).score(b, d))
+        rival.append(make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(a, c).score(b, d))
+    assert np.mean(told) > np.mean(rival) - 0.04 and np.mean(told) > 0.93
 
 
 def test_data_frames_with_text_and_missing_values():

@@ -21,10 +21,12 @@ from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.drop import Dropout
 from formarium.nn.kept import kept
 from formarium.nn.maps import Pointwise
+from formarium.nn.mlp import activated, between
 from formarium.nn.time_convs import depthwise_over_time
 from formarium.tasks.speech_recognition.model import SpeechRecogniser
 
 EPS = 1e-3  # of every norm
+SLAB = 1 << 20  # values of the widest map that inference works on at a time: memory just used is still at hand
 NOWHERE = -1e10  # added to the logits of what is not attended to; a row of it alone gives equal weights
 
 
@@ -122,8 +124,12 @@ class FeedForward(nn.Module):
         _uniform((4 * c.dim) ** -0.5, self.contract.weight, self.contract.bias)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        inside = self.drop(F.silu(self.expand(self.front(x))))
-        return torch.add(x, self.drop(self.contract(inside)), alpha=self.factor)
+        scaled = self.front(x)
+        if self.training and self.drop.p > 0:
+            out = self.drop(self.contract(self.drop(F.silu(self.expand(scaled)))))
+        else:
+            out = between(scaled, self.expand, self.contract, "silu")
+        return torch.add(x, out, alpha=self.factor)
 
 
 class Convolution(nn.Module):
@@ -146,8 +152,8 @@ class Convolution(nn.Module):
         _uniform(c.kernel**-0.5, self.depthwise.weight, self.depthwise.bias)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        h = self.expand(self.front(x))
-        h = frames.speech(F.glu(h) if self.glu else F.silu(h))
+        h = F.glu(self.expand(self.front(x))) if self.glu else activated(self.front(x), self.expand, "silu")
+        h = frames.speech(h)
         h = depthwise_over_time(h, self.depthwise.weight, self.depthwise.bias)
         h = F.silu(self.norm(h.flatten(0, 1)))  # over all frames of the batch, as rows
         return x + self.drop(self.contract(h).view_as(x))
@@ -216,18 +222,24 @@ class Subsampling(nn.Module):
     def forward(self, features: Tensor, length: Tensor) -> Tensor:
         if self.exact:
             features = features * inside(length, features.shape[1])[..., None]
-        x = F.pad(features, (0, 1, 0, 1))[..., None].permute(0, 3, 1, 2)  # b 1 t mels, and channels last from here on
+        b, t, mels = features.shape
+        rows = slab = t // 2 // 2
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            slab = max(1, SLAB // (b * mels * self.first.out_channels))
+        features = F.pad(features, (0, 1, 0, 1))
+        maps = [self.maps(features, length, a, min(a + slab, rows)) for a in range(0, rows, slab)]
+        return self.project((maps[0] if len(maps) == 1 else torch.cat(maps, 1)).flatten(2))
+
+    def maps(self, features: Tensor, length: Tensor, first: int, last: int) -> Tensor:
+        """Rows first to last - 1 of what is projected: float [b, last - first, mels // 4, filters], of all features, padded by one."""
+        x = features[:, 4 * first : 4 * last + 3, :, None].permute(0, 3, 1, 2)  # b 1 t mels, and channels last from here on
         x = F.relu_(self.first(x))
         if self.exact:
-            x = x * inside(length // 2, x.shape[2])[:, None, :, None]
-        if self.separable:
-            return self.project(F.relu_(self.pointwise(self._end(self.depthwise(x)))).flatten(2))
-        return self.project(F.relu_(self._end(self.second(x))).flatten(2))  # b t (mels filters)
-
-    @staticmethod
-    def _end(x: Tensor) -> Tensor:
-        """b filters t mels, padded by two on every side, as b t mels filters, padded by one at the end."""
-        return x.permute(0, 2, 3, 1)[:, 1:, 1:].contiguous()
+            x = x * inside(length // 2 - 2 * first, x.shape[2])[:, None, :, None]
+        mels = x.shape[3] // 2
+        x = self.depthwise(x) if self.separable else self.second(x)  # padded by two on every side; wanted is one at the end
+        x = x.permute(0, 2, 3, 1)[:, 1 : 1 + last - first, 1 : 1 + mels].contiguous()
+        return F.relu_(self.pointwise(x) if self.separable else x)
 
 
 class TimeReduction(nn.Module):

@@ -27,8 +27,8 @@ from formarium.nn.init import init_transformer
 from formarium.nn.light import GatedMLP, LightStem, MergePatches
 from formarium.nn.maps import Grid, map_to_tokens, tokens_to_map
 from formarium.nn.mlp import MLP
+from formarium.nn.ops.activations import gelu
 from formarium.nn.ops.feed_forward import feed_forward
-from formarium.nn.ops.gelu import gelu
 from formarium.tasks.image_classification.model import ImageClassifier
 
 EPS = 1e-6  # of the blocks' own norms

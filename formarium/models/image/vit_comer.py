@@ -26,8 +26,8 @@ from formarium.nn.convs import ConvBN
 from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.maps import init_convs, map_to_tokens, tokens_to_map
+from formarium.nn.ops.activations import gelu
 from formarium.nn.ops.deformable_attention import DeformableAttention
-from formarium.nn.ops.gelu import gelu
 from formarium.nn.positions import resize_table
 from formarium.nn.vit_trunk import BEiTAttention, GridAttention, TrunkBlock
 from formarium.tasks.image_classification.model import ImageClassifier

@@ -27,7 +27,7 @@ from formarium.nn.drop import DropPath, drop_path_rates
 from formarium.nn.init import init_transformer
 from formarium.nn.mlp import MLP
 from formarium.nn.nd_windows import WindowAttention, from_windows, to_windows
-from formarium.nn.ops.gelu import gelu
+from formarium.nn.ops.activations import gelu
 from formarium.nn.resizing import bicubic
 from formarium.nn.tiling import reflect_to_multiple
 from formarium.tasks.image_restoration.adversarial import AdversarialRestorer

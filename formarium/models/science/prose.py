@@ -243,7 +243,7 @@ class PROSE(OperatorLearner):
         dropout: float = 0.0
         attention_dropout: float = 0.0
         data_weight: float = 6.0
-    relative: bool = True  # the data's squared error relative to each sample's size; else its plain mean
+        relative: bool = True  # the data's squared error relative to each sample's size; else its plain mean
         max_len: int = 200
         beams: int = 1  # 1: the likeliest word at every step
         alpha: float = 1.0

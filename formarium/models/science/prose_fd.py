@@ -22,7 +22,7 @@ from formarium.features import Tap
 from formarium.model import Batch, Losses, check_tensor
 from formarium.nn.attention import merge_heads, split_heads
 from formarium.nn.drop import Dropout
-from formarium.nn.mlp import gelu_between
+from formarium.nn.mlp import between
 from formarium.nn.sinusoids import sinusoid_table
 from formarium.tasks.operator_learning.model import OperatorLearner, Solutions
 from formarium.tasks.operator_learning.symbols import PAD, fluid_vocabulary
@@ -73,7 +73,7 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         if self.training and self.dropout.p:
             return self.lin2(self.dropout(F.gelu(self.lin1(x))))
-        return gelu_between(x, self.lin1, self.lin2)
+        return between(x, self.lin1, self.lin2)
 
 
 class Transformer(nn.Module):

@@ -1,8 +1,8 @@
-"""Linear, GELU, Linear on the CPU, a slab of rows at a time.
+"""Linear, GELU or SiLU, Linear on the CPU, a slab of rows at a time.
 
 The hidden activations of a whole batch (rows x hidden floats) don't fit the cache, and buffers that large are mapped and faulted
 in anew on every call. Slab by slab the hidden rows stay in the cache between the two products, and the same memory serves them all.
-For training, only the hidden pre-activations are kept: GELU is applied again on the way back.
+For training, only the hidden pre-activations are kept: the activation is applied again on the way back.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formarium.nn.ops.gelu import gelu
+from formarium.nn.ops.activations import activate, activate_backward
 
 SLAB = 1 << 20  # floats of hidden activations at a time (4 MB), the best of 2^16 .. 2^21 on two machines with 32 MB of shared cache
 
 
-def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
-    """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, GELU (exact, or "tanh"), w2 [out, hidden], b2."""
-    return F.linear(gelu(F.linear(x, w1, b1), approximate, own=True), w2, b2)
+def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str = "gelu") -> Tensor:
+    """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, an activation (of `activations.activate`), w2 [out, hidden], b2."""
+    return F.linear(activate(F.linear(x, w1, b1), activation, own=True), w2, b2)
 
 
-def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str = "none") -> Tensor:
+def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str = "gelu") -> Tensor:
     """As `feed_forward_plain`; in slabs where that pays: eager, on the CPU, without autocast, and more than one slab (eight for training,
     whose smaller products are better left whole)."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return feed_forward_plain(x, w1, b1, w2, b2, approximate)
+        return feed_forward_plain(x, w1, b1, w2, b2, activation)
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2))
     if x.numel() // x.shape[-1] * w1.shape[0] <= SLAB * (8 if train else 1):
-        return feed_forward_plain(x, w1, b1, w2, b2, approximate)
+        return feed_forward_plain(x, w1, b1, w2, b2, activation)
     if train:
-        return _Slabs.apply(x, w1, b1, w2, b2, approximate)
-    return _in_slabs(x, w1, b1, w2, b2, approximate)
+        return _Slabs.apply(x, w1, b1, w2, b2, activation)
+    return _in_slabs(x, w1, b1, w2, b2, activation)
 
 
-def _in_slabs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str, kept: list[Tensor] | None = None) -> Tensor:
+def _in_slabs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, kept: list[Tensor] | None = None) -> Tensor:
     """`feed_forward_plain` slab by slab; `kept` takes each slab's hidden pre-activations, [rows, hidden], for a backward."""
     rows = x.reshape(-1, x.shape[-1])
     step = _rows(w1)
@@ -45,10 +45,10 @@ def _in_slabs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approxi
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         if kept is None:
-            active = gelu(torch.addmm(b1, part, w1.t(), out=hidden[: len(part)]), approximate, own=True)  # type: ignore[index]
+            active = activate(torch.addmm(b1, part, w1.t(), out=hidden[: len(part)]), activation, own=True)  # type: ignore[index]
         else:
             kept.append(torch.addmm(b1, part, w1.t()))
-            active = F.gelu(kept[-1], approximate=approximate)
+            active = activate(kept[-1], activation)
         torch.addmm(b2, active, w2.t(), out=out[start : start + step])
     return out.view(*x.shape[:-1], -1)
 
@@ -60,10 +60,10 @@ def _rows(w1: Tensor) -> int:
 
 class _Slabs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
         kept: list[Tensor] = []
-        out = _in_slabs(x, w1, b1, w2, b2, approximate, kept)
-        ctx.step, ctx.approximate = _rows(w1), approximate
+        out = _in_slabs(x, w1, b1, w2, b2, activation, kept)
+        ctx.step, ctx.activation = _rows(w1), activation
         ctx.save_for_backward(x, w1, w2, *kept)
         return out
 
@@ -76,8 +76,8 @@ class _Slabs(torch.autograd.Function):
         dw2 = torch.zeros_like(w2)
         for i, hidden in enumerate(kept):
             at = slice(i * ctx.step, i * ctx.step + hidden.shape[0])
-            dw2.addmm_(grad[at].t(), F.gelu(hidden, approximate=ctx.approximate))
-            dhidden = torch.ops.aten.gelu_backward(grad[at] @ w2, hidden, approximate=ctx.approximate)
+            dw2.addmm_(grad[at].t(), activate(hidden, ctx.activation))
+            dhidden = activate_backward(grad[at] @ w2, hidden, ctx.activation)
             dw1.addmm_(dhidden.t(), rows[at])
             db1 += dhidden.sum(0)
             torch.mm(dhidden, w1, out=dx[at])

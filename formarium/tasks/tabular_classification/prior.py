@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from formarium.errors import UnknownName
 from formarium.tasks.tabular_classification.scaling import clip_outliers, normalise
 
 IGNORED = -100  # label of a row that no loss counts
@@ -28,15 +30,26 @@ class Prior:
     rows: of every data set. features, classes: at most so many; their number is uniform from 1 (2) up. context: (least, most) rows of the
     labelled part, drawn uniformly. categorical: the share of data sets with categorical columns. missing: the share of data sets with
     missing values, and at most this share of their cells. gaussian_process: whether that mechanism is in the bag.
+
+    As the released network was trained, classes are cut at values of random rows, their numbers say nothing of the target's order, and
+    causes are Gaussian. The released code's wider search space: borders "either" (also at draws of a normal), ordered 0.5 (in a share of
+    the data sets, uniform up to this, classes keep the target's order) and mixed_causes (also categories and counts).
     """
 
     rows: int = 128
-    features: int = 16
+    features: int = 32
     classes: int = 5
     context: tuple[int, int] = (16, 112)
     categorical: float = 0.2
     missing: float = 0.0
     gaussian_process: bool = True
+    borders: str = "rank"  # or "either"
+    ordered: float = 0.0
+    mixed_causes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.borders not in ("rank", "either"):
+            raise UnknownName("borders", self.borders, ("rank", "either"))
 
 
 def draw(prior: Prior, rng: Generator) -> tuple[np.ndarray, np.ndarray, int]:
@@ -56,7 +69,8 @@ def draw(prior: Prior, rng: Generator) -> tuple[np.ndarray, np.ndarray, int]:
     x = normalise(clip_outliers(x))
     y = normalise(y[:, None])[:, 0]
     classes = int(rng.integers(2, prior.classes + 1))
-    label = (by_rank if _choose((0, 1), rng) else by_value)(y, classes, rng.uniform(0, 0.5), rng)
+    ranks = prior.borders == "rank" or _choose((False, True), rng)
+    label = (by_rank if ranks else by_value)(y, classes, rng.uniform(0, prior.ordered), rng)
     x, label = _compatible(x, label, context, rng)
     return np.nan_to_num(x, nan=np.nan, posinf=100, neginf=-100).astype(np.float32), _renumbered(label, rng), context
 
@@ -64,13 +78,15 @@ def draw(prior: Prior, rng: Generator) -> tuple[np.ndarray, np.ndarray, int]:
 def _mechanism(prior: Prior, rng: Generator) -> Callable[[int, int, Generator], tuple[np.ndarray, np.ndarray]]:
     """The Gaussian process has weight exp(1) beside exp(w) of the networks, w uniform in [2, 10]."""
     w = rng.uniform(2, 10)
-    return gaussian_process if prior.gaussian_process and rng.random() < 1 / (1 + math.exp(w - 1)) else network
+    if prior.gaussian_process and rng.random() < 1 / (1 + math.exp(w - 1)):
+        return gaussian_process
+    return partial(network, mixed=prior.mixed_causes)
 
 
 # mechanisms: rows, features -> x [rows, features], y [rows] -----------------------------------------------------------
 
 
-def network(rows: int, features: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+def network(rows: int, features: int, rng: Generator, mixed: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """A random multilayer perceptron with noise at every node, read in one of two ways.
 
     As a structural causal model (4.2): the first layer's inputs are causes nobody sees, features and target are nodes picked from all
@@ -84,21 +100,23 @@ def network(rows: int, features: int, rng: Generator) -> tuple[np.ndarray, np.nd
     activation = _choose((np.tanh, _identity, _relu), rng, -5, 6)
     causes = 2 + round(_gamma(3, 7, rng)) if causal else features
     width = max(width, 1 + 2 * features) if causal else width
-    inputs = causes_of(rows, causes, "mixed" if _choose((False, True), rng) else "normal", rng)
+    inputs = causes_of(rows, causes, "mixed" if mixed and _choose((False, True), rng) else "normal", rng)
     sizes = [causes] + [width] * layers + ([] if causal else [1])
-    hidden, nodes = inputs, []
+    hidden, nodes = inputs.astype(np.float32), []
     for i in range(len(sizes) - 1):
         weight, bias = _weights(sizes[i], sizes[i + 1], scale, drop if i else 0.0, blocks, rng)
-        if i == 0:
-            hidden = hidden @ weight + bias
-            continue
-        deviation = np.abs(rng.normal(0, noise, sizes[i + 1])) if per_node_noise else noise
-        hidden = activation(hidden) @ weight + bias + deviation * rng.standard_normal((rows, sizes[i + 1]))
-        nodes.append(hidden)
+        with np.errstate(over="ignore", invalid="ignore"):
+            hidden = (activation(hidden) if i else hidden) @ weight + bias
+        if i:
+            deviation = noise * np.abs(rng.standard_normal(sizes[i + 1], np.float32)) if per_node_noise else np.float32(noise)
+            hidden += deviation * rng.standard_normal((rows, sizes[i + 1]), np.float32)
+            nodes.append(hidden)
+    if not np.isfinite(hidden).all():  # deep, wide and steep at once: a table without classes, which no loss counts
+        return np.zeros((rows, features)), np.zeros(rows)
     if not causal:
-        return inputs, hidden[:, 0]
+        return inputs, hidden[:, 0].astype(np.float64)
     x, y = _pick(np.concatenate(nodes, axis=1), features, rng)
-    return np.roll(x, -int(rng.integers(features)), axis=1), y
+    return np.roll(x, -int(rng.integers(features)), axis=1).astype(np.float64), y.astype(np.float64)
 
 
 def _pick(nodes: np.ndarray, features: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -112,16 +130,16 @@ def _pick(nodes: np.ndarray, features: int, rng: Generator) -> tuple[np.ndarray,
 
 def _weights(fan_in: int, fan_out: int, scale: float, drop: float, blocks: bool, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """A layer's weight [in, out] with connections missing at random, or all but those inside of diagonal blocks."""
-    bias = rng.uniform(-1, 1, fan_out) / math.sqrt(fan_in)
+    bias = (rng.uniform(-1, 1, fan_out) / math.sqrt(fan_in)).astype(np.float32)
     if not blocks:
-        weight = rng.normal(0, scale / (1 - math.sqrt(drop)), (fan_in, fan_out))
-        return weight * (rng.random((fan_in, fan_out)) >= drop), bias
+        weight = np.float32(scale / (1 - math.sqrt(drop))) * rng.standard_normal((fan_in, fan_out), np.float32)
+        return weight * (rng.random((fan_in, fan_out), np.float32) >= drop) if drop else weight, bias
     count = int(rng.integers(1, math.ceil(math.sqrt(min(fan_in, fan_out))) + 1))
     h, w = fan_in // count, fan_out // count
-    weight = np.zeros((fan_in, fan_out))
+    weight = np.zeros((fan_in, fan_out), np.float32)
     deviation = scale / math.sqrt(count * h * w / (fan_in * fan_out))
     for i in range(count):
-        weight[i * h : (i + 1) * h, i * w : (i + 1) * w] = rng.normal(0, deviation, (h, w))
+        weight[i * h : (i + 1) * h, i * w : (i + 1) * w] = np.float32(deviation) * rng.standard_normal((h, w), np.float32)
     return weight, bias
 
 
@@ -222,8 +240,13 @@ def _relu(x: np.ndarray) -> np.ndarray:
 
 def _choose(values: tuple[Any, ...], rng: Generator, low: float = -3.0, high: float = 5.0) -> Any:
     """One of the values: the first has log odds 1, each other log odds uniform in [low, high]."""
-    odds = np.exp(np.array([1.0, *rng.uniform(low, high, len(values) - 1)]))
-    return values[int(np.searchsorted(np.cumsum(odds / odds.sum()), rng.random()).clip(0, len(values) - 1))]
+    odds = [math.e, *(math.exp(rng.uniform(low, high)) for _ in values[1:])]
+    left = rng.random() * sum(odds)
+    for value, share in zip(values, odds, strict=True):
+        left -= share
+        if left < 0:
+            return value
+    return values[-1]
 
 
 def _gamma(most_shape: float, most_mean: float, rng: Generator) -> float:

@@ -16,7 +16,7 @@ SPLITS = 5  # ways to divide a real table into context and query rows
 
 
 def sample(name: str, seed: int = 0) -> Data:
-    """ "prior": tables of 128 rows, up to 16 columns and 5 classes, another 60 of them held out. "prior-published": the same at the
+    """ "prior": tables of 128 rows, up to 32 columns and 5 classes, another 60 of them held out. "prior-published": the same at the
     published size (1024 rows, 100 columns, 10 classes). "iris", "wine", "breast-cancer": trained on the small prior, tested on five
     splits of the table, half of its rows labelled."""
     if name in ("prior", "prior-published"):

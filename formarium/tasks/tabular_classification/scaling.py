@@ -53,6 +53,11 @@ def varying(x: np.ndarray, context: int) -> np.ndarray:
 
 def _moments(x: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation (n - 1) of the counted values of each column."""
+    if len(x) > 1 and counted.all():
+        with np.errstate(all="ignore"):
+            mean, std = x.mean(0), x.std(0, ddof=1)
+        if np.isfinite(std).all():
+            return mean, std
     number = counted.sum(0)
     with np.errstate(all="ignore"):
         mean = np.where(counted, x, 0).sum(0) / number

@@ -1,4 +1,4 @@
-"""GELU, where memory makes it cheap: on contiguous floats, and in place where that is allowed."""
+"""GELU and SiLU, where memory makes them cheap: on contiguous floats, and in place where that is allowed."""
 
 from __future__ import annotations
 
@@ -20,3 +20,22 @@ def gelu(x: Tensor, approximate: str = "none", own: bool = False) -> Tensor:
     if not own or (torch.is_grad_enabled() and x.requires_grad):
         return F.gelu(x, approximate=approximate)
     return torch.ops.aten.gelu_(x, approximate=approximate)
+
+
+GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def activate(x: Tensor, kind: str, own: bool = False) -> Tensor:
+    """ "gelu", "gelu_tanh" or "silu" of x; own as in `gelu`."""
+    if kind in GELUS:
+        return gelu(x, GELUS[kind], own)
+    if kind != "silu":
+        raise ValueError(f"activation {kind!r}")
+    return F.silu(x, inplace=own and not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)))
+
+
+def activate_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
+    """The gradient of x, of what `activate` makes of it."""
+    if kind in GELUS:
+        return torch.ops.aten.gelu_backward(grad, x, approximate=GELUS[kind])
+    return torch.ops.aten.silu_backward(grad, x)

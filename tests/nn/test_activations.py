@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from formarium.nn.ops import feed_forward as slabs
-from formarium.nn.ops.gelu import gelu
+from formarium.nn.ops.activations import activate, activate_backward, gelu
 
 LAYOUTS = {
     "rows": lambda: torch.randn(5, 7),
@@ -25,6 +25,23 @@ def test_it_is_gelu_in_any_layout(layout, approximate):
     for out in (other, y):
         torch.testing.assert_close(out, wanted)
     assert y.stride() == strides and y.data_ptr() == x.data_ptr()  # in place
+
+
+@pytest.mark.parametrize(("kind", "torchs"), [("gelu", F.gelu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")), ("silu", F.silu)])
+def test_each_kind_is_torchs_and_in_place_only_where_nobody_minds(kind, torchs):
+    x = torch.randn(5, 7)
+    wanted = torchs(x.clone().requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(activate(x, kind), wanted)
+        own = x.clone()
+        assert activate(own, kind, own=True).data_ptr() == own.data_ptr()
+        torch.testing.assert_close(own, wanted)
+    y = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(activate(y, kind, own=True).sum(), y)
+    assert torch.equal(y, x)
+    torch.testing.assert_close(activate_backward(torch.ones_like(x), x, kind), grad)
+    with pytest.raises(ValueError, match="relu"):
+        activate(x, "relu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
