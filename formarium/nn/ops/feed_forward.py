@@ -19,7 +19,7 @@ SLAB = 1 << 20  # floats of hidden activations at a time (4 MB), the best of 2^1
 
 
 def feed_forward_plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str = "gelu") -> Tensor:
-    """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, an activation (of `activations.activate`), w2 [out, hidden], b2."""
+    """The specification: x [..., dim] -> [..., out] by w1 [hidden, dim], b1, an activation (see `activate`), w2 [out, hidden], b2."""
     return F.linear(activate(F.linear(x, w1, b1), activation, own=True), w2, b2)
 
 
