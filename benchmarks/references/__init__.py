@@ -181,7 +181,8 @@ def step(model: nn.Module, loss: Callable[[], Tensor], lr: float = 1e-5) -> Call
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
 
     def run() -> Any:
-        model.train()
+        if not model.training:
+            model.train()
         optimiser.zero_grad()
         loss().backward()
         optimiser.step()
