@@ -15,7 +15,7 @@ from formarium.tasks.operator_learning.symbols import SPECIAL
 from references import Pair, both, importing, recorded
 
 REPOSITORY, NEEDS = "felix-lyx/prose", ("einops",)
-FRAMES, WORDS = 10, 48
+FRAMES, LENGTH, WORDS = 10, 3, 48  # of the table, of what is timed
 
 
 class Settings(dict[str, Any]):
@@ -54,6 +54,6 @@ def pairs(clone: Path) -> Iterator[Pair]:
     names = ("data_input", "input_times", "output_times", "symbol_input", "symbol_padding_mask")
     given = dict(zip(names, r.inputs, strict=False))
     r.same(theirs, lambda: call(r.ours.eval(), given, {}), lambda: theirs.eval()("fwd", **given))
-    fields, times = torch.randn(1, FRAMES, c.x_num, c.x_num, c.max_output_dimension), torch.arange(2.0 * FRAMES)[None]
-    inputs = (fields, times[:, :FRAMES], torch.randint(4, c.n_words, (1, WORDS)), times[:, FRAMES:])
-    yield from both(f"prose_fd, a film of {FRAMES} + {FRAMES} frames", r.ours, Theirs(theirs), *inputs)
+    fields, times = torch.randn(1, LENGTH, c.x_num, c.x_num, c.max_output_dimension), torch.arange(2.0 * LENGTH)[None]
+    inputs = (fields, times[:, :LENGTH], torch.randint(4, c.n_words, (1, WORDS)), times[:, LENGTH:])
+    yield from both(f"prose_fd, a film of {LENGTH} + {LENGTH} frames", r.ours, Theirs(theirs), *inputs)
