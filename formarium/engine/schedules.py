@@ -11,7 +11,7 @@ from formarium.engine.recipes import Recipe
 def learning_rate(recipe: Recipe, step: int, steps: int, per_epoch: int, scale: float = 1.0) -> float:
     """Of step 0 .. steps - 1: from warmup_lr to lr over the warm-up (at most half of all steps), then the recipe's schedule, never below
     min_lr. per_epoch: steps in an epoch. scale: what a plateau has left of it."""
-    warmup = min(round(recipe.warmup_epochs * per_epoch), steps // 2)
+    warmup = _warmup(recipe, steps, per_epoch)
     if step < warmup:
         return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * _rise(recipe, (step + 1) / warmup)
     floor = min(recipe.min_lr, recipe.lr)
@@ -42,9 +42,13 @@ def momentum(recipe: Recipe, step: int, steps: int, per_epoch: int) -> float | N
     if recipe.schedule != "one_cycle" or not recipe.cycle_momentum:
         return None
     high, low = recipe.cycle_momentum
-    warmup = min(round(recipe.warmup_epochs * per_epoch), steps // 2)
+    warmup = _warmup(recipe, steps, per_epoch)
     rate = _rise(recipe, (step + 1) / warmup) if step < warmup else _half_cosine((steps - step) / max(1, steps - warmup))
     return high + (low - high) * rate
+
+
+def _warmup(recipe: Recipe, steps: int, per_epoch: int) -> int:
+    return min(round(recipe.warmup_epochs * per_epoch), steps // 2)
 
 
 def _rise(recipe: Recipe, done: float) -> float:

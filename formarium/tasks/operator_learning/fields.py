@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from formarium.task import Sample
+from formarium.tasks.operator_learning.solvers import rk4
 from formarium.tasks.operator_learning.symbols import Node, disturb, encode, rounded, skeleton
 
 COUNTS = {"train": 600, "val": 120}
@@ -68,10 +69,7 @@ def solve(slope_of: Slope, start: np.ndarray, times: np.ndarray, substeps: int =
     for a, b in pairwise(times):
         h = (b - a) / substeps
         for _ in range(substeps):
-            k1 = slope_of(u)
-            k2 = slope_of(u + h / 2 * k1)
-            k3 = slope_of(u + h / 2 * k2)
-            u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope_of(u + h * k3))
+            u = rk4(u, h, slope_of)
         out.append(u)
     return np.stack(out)
 

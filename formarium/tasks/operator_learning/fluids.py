@@ -7,14 +7,13 @@ what a kind lacks is 0. The words say the equations and what holds at the bounda
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 from scipy import fft
 
 from formarium.task import Sample
+from formarium.tasks.operator_learning.solvers import runge_kutta
 from formarium.tasks.operator_learning.symbols import encode_number, rounded
 
 COUNTS = {"train": 300, "val": 60}
@@ -50,21 +49,6 @@ class Square:
         return self.field(1j * self.ky * stream), self.field(-1j * self.kx * stream)
 
 
-def _run(state: Fields, slope: Callable[[Fields], Fields], times: np.ndarray) -> list[Fields]:
-    """Classical fourth-order Runge-Kutta, what is between two times in equal steps of at most STEP."""
-    out = [state]
-    for a, b in pairwise(times):
-        count = int(np.ceil((b - a) / STEP - 1e-9))
-        h = (b - a) / count
-        for _ in range(count):
-            k1 = slope(state)
-            k2 = slope(state + h / 2 * k1)
-            k3 = slope(state + h / 2 * k2)
-            state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(state + h * k3))
-        out.append(state)
-    return out
-
-
 def smoke(vorticity: Fields, c: Fields, eta: np.ndarray, times: np.ndarray, spread: float = 0.01) -> Fields:
     """u, v, c float64 [n, times, size, size, 3] of an incompressible fluid of density 1 with viscosity eta [n] that carries smoke c (which
     spreads a little itself), in vorticity form: w_t + U D w = eta D2 w."""
@@ -75,7 +59,7 @@ def smoke(vorticity: Fields, c: Fields, eta: np.ndarray, times: np.ndarray, spre
         along, across = at.slopes(state)
         return -at.waves(u * along + v * across) - thickness * at.square * state
 
-    found = _run(at.waves(np.stack([vorticity, c])), slope, times)
+    found = np.moveaxis(runge_kutta(at.waves(np.stack([vorticity, c])), times, slope, STEP), 1, 0)
     return np.stack([np.stack([*at.velocity(s[0]), at.field(s[1])], -1) for s in found], 1)
 
 
@@ -91,7 +75,7 @@ def water(h: Fields, g: np.ndarray, times: np.ndarray, eta: float = 0.02) -> Fie
         carried = at.waves(np.stack([u * ux + v * uy, u * vx + v * vy]))
         return np.stack([out, *(-carried - np.stack([along, across]) - eta * at.square * state[1:])])
 
-    found = _run(at.waves(np.stack([h, 0 * h, 0 * h])), slope, times)
+    found = np.moveaxis(runge_kutta(at.waves(np.stack([h, 0 * h, 0 * h])), times, slope, STEP), 1, 0)
     return np.stack([np.moveaxis(at.field(s), 0, -1) for s in found], 1)
 
 
